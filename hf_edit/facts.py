@@ -1,0 +1,357 @@
+"""`Fact`: what an edit makes a model say, and the ways to read facts from files and data sets."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import ConflictingEditsError, SubjectNotFoundError
+
+__all__ = ["Fact", "Question", "read_facts", "resolve_conflicts"]
+
+_HINT = "Write the prompt with one {} where the subject stands, or with the subject in plain text."
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and, where it is known, the answer that is expected.
+
+    Attributes:
+        prompt: the text that the model continues.
+        target: the expected continuation, or None where only "the same as before" is asked for.
+    """
+
+    prompt: str
+    target: str | None = None
+
+    @classmethod
+    def of(cls, value: Any) -> Question:
+        """A question from a string, a (prompt, target) pair or a mapping.
+
+        Raises:
+            ValueError: the value is none of these.
+        """
+        if isinstance(value, Question):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        if isinstance(value, Mapping):
+            prompt = _first(value, "prompt", "question", "New Question")
+            target = _first(value, "target", "answer", "ground_truth", "New Answer")
+            if isinstance(prompt, str):
+                target = target[0] if isinstance(target, list) and target else target
+                return cls(prompt, target or None)
+        elif isinstance(value, Sequence) and len(value) == 2 and isinstance(value[0], str):
+            return cls(value[0], value[1])
+        raise ValueError(f"a question is a string, a (prompt, target) pair or a mapping with 'prompt', not {value!r:.80}")
+
+    def to_dict(self) -> dict[str, str]:
+        return {"prompt": self.prompt} if self.target is None else {"prompt": self.prompt, "target": self.target}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact: after the edit the model continues `prompt`, asked about `subject`, with `target`.
+
+    Attributes:
+        subject: the entity that the fact is about.
+        prompt: a text that the target continues; one ``{}`` marks the subject. A prompt that holds the subject in plain
+            text is taken as well and stored with ``{}`` (at the last mention, which has seen the most context).
+        target: the new continuation, without leading space.
+        target_old: what the model said, or should have said, before.
+        aliases: other names of the subject.
+        rephrases: other wordings of the prompt, with ``{}`` or the subject in plain text.
+        locality: questions whose answers must not change.
+        portability: questions whose answers follow from the fact.
+        source: where the fact comes from.
+        id: by default a hash of the fact's canonical JSON.
+
+    Raises:
+        SubjectNotFoundError: the prompt holds neither ``{}`` nor the subject.
+        ValueError: a field is empty, holds control characters, or the prompt holds more than one ``{}``.
+    """
+
+    subject: str
+    prompt: str
+    target: str
+    target_old: str | None = None
+    aliases: tuple[str, ...] = ()
+    rephrases: tuple[str, ...] = ()
+    locality: tuple[Question, ...] = ()
+    portability: tuple[Question, ...] = ()
+    source: str | None = None
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "subject", _text(self.subject, "subject"))
+        put(self, "target", _text(self.target, "target"))
+        put(self, "prompt", _template(_text(self.prompt, "prompt"), self.subject, "prompt"))
+        if self.target_old is not None:
+            put(self, "target_old", _text(self.target_old, "target_old"))
+        put(self, "aliases", tuple(_text(a, "aliases") for a in _several(self.aliases, "aliases")))
+        names = (self.subject, *self.aliases)
+        rephrases = (_text(r, "rephrases") for r in _several(self.rephrases, "rephrases"))
+        put(self, "rephrases", tuple(_rephrase(r, names) for r in rephrases))
+        put(self, "locality", tuple(Question.of(q) for q in _several(self.locality, "locality")))
+        put(self, "portability", tuple(Question.of(q) for q in _several(self.portability, "portability")))
+        if self.source is not None:
+            put(self, "source", _text(self.source, "source"))
+        if self.id is None:
+            canonical = json.dumps(self._content(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+            put(self, "id", hashlib.sha256(canonical.encode()).hexdigest()[:16])
+        else:
+            put(self, "id", _text(self.id, "id"))
+
+    @property
+    def question(self) -> str:
+        """The prompt with the subject filled in."""
+        return self.prompt.replace("{}", self.subject)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What two facts share when they answer the same question: subject and wording, whatever their case."""
+        return _fold(self.subject), _fold(self.prompt)
+
+    def _content(self) -> dict[str, Any]:
+        content: dict[str, Any] = {"subject": self.subject, "prompt": self.prompt, "target": self.target}
+        for name in ("target_old", "source"):
+            if getattr(self, name) is not None:
+                content[name] = getattr(self, name)
+        for name in ("aliases", "rephrases"):
+            if getattr(self, name):
+                content[name] = list(getattr(self, name))
+        for name in ("locality", "portability"):
+            if getattr(self, name):
+                content[name] = [q.to_dict() for q in getattr(self, name)]
+        return content
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fact as plain JSON types; `Fact.from_dict` reads it back as an equal fact."""
+        return {**self._content(), "id": self.id}
+
+    def replace(self, **changes: Any) -> Fact:
+        """The same fact with some fields changed, and a new id unless one is given."""
+        return replace(self, **{"id": None, **changes})
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Fact:
+        """A fact from its own JSON or from a record of CounterFact, CounterFactPlus, zsRE or EasyEdit.
+
+        Raises:
+            ValueError: a field is missing or of another type than text or a list; the message names it.
+        """
+        if not isinstance(record, Mapping):
+            raise ValueError(f"a fact is read from a mapping, not from {type(record).__name__}: {record!r:.80}")
+        if "requested_rewrite" in record:
+            return cls._from_counterfact(record)
+        subject, prompt = record.get("subject"), _first(record, "prompt", "src")
+        target = _first(record, "target", "target_new", "alt")
+        for name, value in (("subject", subject), ("prompt", prompt), ("target", target)):
+            if value is None:
+                raise ValueError(
+                    f"the record has no {name!r} (it has: {', '.join(map(str, record))}). "
+                    "A fact needs subject, prompt and target."
+                )
+        old = _first(record, "target_old", "ground_truth", "target_true")
+        return cls(
+            subject=_string(subject),
+            prompt=_string(prompt),
+            target=_string(target),
+            target_old=_string(old) if old else None,
+            aliases=_list(_first(record, "aliases", "subject_aliases")),
+            rephrases=_list(_first(record, "rephrases", "rephrase_prompt", "rephrase", "generality", "paraphrase_prompts")),
+            locality=_questions(_first(record, "locality", "neighborhood_prompts")),
+            portability=_questions(record.get("portability")),
+            source=record.get("source"),
+            id=None if record.get("id") is None else str(record["id"]),
+        )
+
+    @classmethod
+    def _from_counterfact(cls, record: Mapping[str, Any]) -> Fact:
+        rewrite = record["requested_rewrite"]
+        old = _string(rewrite["target_true"]) if rewrite.get("target_true") else None
+        return cls(
+            subject=rewrite["subject"],
+            prompt=rewrite["prompt"],
+            target=_string(rewrite["target_new"]),
+            target_old=old,
+            rephrases=_list(record.get("paraphrase_prompts")),
+            locality=tuple(Question(p, old) for p in record.get("neighborhood_prompts", ())),
+            portability=_questions(record.get("portability")),
+            id=f"counterfact-{record['case_id']}" if "case_id" in record else None,
+        )
+
+
+def read_facts(facts: Any) -> list[Fact]:
+    """Facts from a `Fact`, a mapping, an iterable of either, a path (.jsonl, .json, .csv) or a `datasets.Dataset`.
+
+    Raises:
+        ValueError: nothing to read, or a record that is no fact; the message says which one and why.
+        FileNotFoundError: the path does not exist.
+    """
+    if isinstance(facts, Fact):
+        return [facts]
+    if isinstance(facts, Mapping):
+        return [Fact.from_dict(facts)]
+    origin = "facts"
+    if isinstance(facts, (str, os.PathLike)):
+        origin = os.fspath(facts)
+        facts = _read_file(Path(facts))
+    if not isinstance(facts, Iterable):
+        raise ValueError(
+            f"facts are a Fact, a dict, a list of them, a path or a datasets.Dataset, not {type(facts).__name__}"
+        )
+    read = []
+    for number, record in enumerate(facts, start=1):
+        try:
+            read.append(record if isinstance(record, Fact) else Fact.from_dict(record))
+        except (ValueError, KeyError, TypeError) as error:
+            wrap = SubjectNotFoundError if isinstance(error, SubjectNotFoundError) else ValueError
+            raise wrap(f"{origin}, record {number}: {error}") from error
+    if not read:
+        raise ValueError(f"{origin}: there is no fact in it. Give at least one Fact(subject=..., prompt=..., target=...).")
+    return read
+
+
+def resolve_conflicts(facts: Sequence[Fact], known: Sequence[Fact] = (), on_conflict: str = "error") -> list[Fact]:
+    """The new facts to fit: repetitions dropped, contradictions settled.
+
+    Two facts contradict each other when they have the same `Fact.key` and other targets.
+
+    Args:
+        facts: the new facts, in order.
+        known: the facts already in force.
+        on_conflict: "error" refuses, "replace" lets the newest win, "keep" the oldest.
+
+    Raises:
+        ConflictingEditsError: a contradiction under "error".
+        ValueError: `on_conflict` is none of the three.
+    """
+    if on_conflict not in ("error", "replace", "keep"):
+        raise ValueError(f"on_conflict is 'error', 'replace' or 'keep', not {on_conflict!r}")
+    kept: dict[tuple[str, str], Fact] = {}
+    in_force = {fact.key: fact for fact in known}
+    for fact in facts:
+        other = kept.get(fact.key) or in_force.get(fact.key)
+        if other is None:
+            kept[fact.key] = fact
+        elif _fold(other.target) == _fold(fact.target):
+            continue
+        elif on_conflict == "error":
+            raise ConflictingEditsError(
+                f"two targets for {fact.question!r}: {other.target!r} and {fact.target!r}. Drop one of them, or pass "
+                "on_conflict='replace' (the newest wins) or 'keep' (the oldest wins)."
+            )
+        elif on_conflict == "replace":
+            kept.pop(fact.key, None)
+            kept[fact.key] = fact
+    return list(kept.values())
+
+
+def _read_file(path: Path) -> Iterable[Any]:
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".json", ".csv"):
+        raise ValueError(f"{path}: facts are read from .jsonl, .json or .csv files")
+    text = path.read_text(encoding="utf-8-sig")
+    if suffix == ".csv":
+        return [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(text.splitlines())]
+    try:
+        if suffix == ".json":
+            data = json.loads(text)
+            return [data] if isinstance(data, Mapping) else data
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, not {type(value).__name__}: {value!r:.80}")
+    text = value.strip()
+    if not text:
+        raise ValueError(f"{name} is empty")
+    control = next((c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t"), None)
+    if control is not None:
+        raise ValueError(f"{name} holds the control character {control!r}: {text!r:.80}")
+    return text
+
+
+def _several(value: Any, name: str) -> tuple[Any, ...]:
+    if isinstance(value, (str, Question)):
+        return (value,)
+    if isinstance(value, Iterable) and not isinstance(value, Mapping):
+        return tuple(value)
+    raise ValueError(f"{name} is a list, not {type(value).__name__}")
+
+
+def _template(prompt: str, subject: str, name: str) -> str:
+    """`prompt` with exactly one ``{}``."""
+    marks = prompt.count("{}")
+    if marks == 1:
+        return prompt
+    if marks > 1:
+        raise ValueError(f"{name} holds {marks} times {{}}: {prompt!r:.120}. {_HINT}")
+    mentions = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt)) or list(
+        re.finditer(re.escape(subject), prompt)
+    )
+    if not mentions:
+        raise SubjectNotFoundError(f"the subject {subject!r} is not in the {name} {prompt!r:.120}. {_HINT}")
+    return prompt[: mentions[-1].start()] + "{}" + prompt[mentions[-1].end() :]
+
+
+def _rephrase(text: str, names: Sequence[str]) -> str:
+    # Rephrases of public data sets may name the subject by an alias or in another case: kept as plain text then.
+    for name in names:
+        try:
+            return _template(text, name, "rephrases")
+        except SubjectNotFoundError:
+            continue
+    return text
+
+
+def _first(record: Mapping[str, Any], *names: str) -> Any:
+    return next((record[name] for name in names if record.get(name) not in (None, "")), None)
+
+
+def _string(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = value.get("str")
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else ""
+    return value  # type: ignore[no-any-return]  # checked by `Fact`
+
+
+def _list(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str) and value.startswith("["):  # a CSV cell that holds a JSON list
+        value = json.loads(value)
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _questions(value: Any) -> tuple[Question, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str) and value.startswith("["):
+        value = json.loads(value)
+    if isinstance(value, Mapping) and not {"prompt", "New Question"} & set(value):
+        # EasyEdit groups questions by kind: {"neighborhood": {"prompt": ..., "ground_truth": ...}, ...}
+        return tuple(Question.of(q) for group in value.values() for q in (group if isinstance(group, list) else [group]))
+    if isinstance(value, (str, Mapping)):
+        return (Question.of(value),)
+    return tuple(Question.of(q) for q in value)
+
+
+def _fold(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+

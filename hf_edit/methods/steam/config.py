@@ -1,0 +1,70 @@
+"""Settings of STEAM and its base editors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...weights.editors import EDITORS
+from ..base import EditConfig, require, setting
+
+__all__ = ["SteamConfig"]
+
+
+@dataclass(frozen=True)
+class SteamConfig(EditConfig):
+    """Settings of `method="steam"`; the defaults work for any model, layers go by relative depth.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    base_editor: str | None = setting(
+        None, "'rome', 'r_rome' or 'memit'; by default ROME for a single fact and MEMIT for several"
+    )
+    layers: tuple[int, ...] | None = setting(
+        None, "blocks to edit, ascending; ROME edits the last of them. By default those from 13 to 27 % of the depth"
+    )
+    steps: int = setting(20, "steps of Adam for each value")
+    lr: float = setting(0.5, "step size of Adam")
+    weight_decay: float = setting(0.5, "weight of |delta| / |v|^2")
+    kl_factor: float = setting(0.0625, "weight of KL(edited || clean) after '{subject} is a'")
+    clamp: float | None = setting(
+        None, "|delta| at most, relative to the norm of the stream (0.75), or of the MLP's output behind a norm (4)"
+    )
+    contexts: int = setting(5, "sampled prefixes that the fact must also hold behind")
+    context_length: int = setting(10, "tokens of such a prefix")
+    covariance_weight: float | None = setting(None, "MEMIT's lambda; by default a tenth of the key's width")
+    statistics_tokens: int | None = setting(
+        None, "tokens of the model's own text behind the key statistics; by default four for each key dimension"
+    )
+    anchor_weight: float = setting(4.0, "weight of the alignment with the semantic anchors; 0 is the base editor alone")
+    anchor_blocks: tuple[int, ...] | None = setting(
+        None, "blocks where the stream is aligned, all above the edited ones; by default the middle third"
+    )
+    centred: bool = setting(True, "align after taking off the mean state of all objects, which every state shares")
+    references: Any = setting("bank", "reference facts: 'bank', a path, or a list of facts whose targets are the objects")
+    min_references: int = setting(3, "fewer recalled references than this make no anchor")
+    max_references: int = setting(50, "references behind an anchor at most")
+    max_per_relation: int = setting(10, "references of one relation at most")
+    batch_facts: int = setting(16, "facts whose values are optimised together")
+    edit_module: str | None = setting(
+        None, "name of the MLP output projections with {} for the block, where they can't be found by structure"
+    )
+
+    def __post_init__(self) -> None:
+        known = ", ".join(EDITORS)
+        require(self.base_editor is None or self.base_editor in EDITORS, f"base_editor is one of {known}, not {self.base_editor!r}")
+        require(self.layers is None or len(self.layers) > 0, "layers is empty")
+        require(self.layers is None or list(self.layers) == sorted(set(self.layers)), "layers must ascend")
+        for name in ("steps", "max_references", "max_per_relation", "min_references", "batch_facts", "context_length"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        for name in ("weight_decay", "kl_factor", "anchor_weight", "contexts"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative")
+        for name in ("lr", "clamp", "covariance_weight", "statistics_tokens"):
+            require(getattr(self, name) is None or getattr(self, name) > 0, f"{name} must be positive")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON types; references that were given as objects become the word "given"."""
+        values = super().to_dict()
+        return values if isinstance(self.references, str) else {**values, "references": "given"}

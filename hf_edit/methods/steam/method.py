@@ -1,0 +1,221 @@
+"""STEAM and its base editors as methods: values, anchors, insertion, and a pack of low-rank factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from ...base import Base
+from ...errors import PackFormatError
+from ...facts import Fact
+from ...layout import Layout, weight_shape, write_scale
+from ...statistics import KeyStatistics, cached_statistics
+from ...suffix import frozen
+from ...texts import sample_contexts
+from ...weights.attach import Factors, WeightAttachment
+from ...weights.editors import EDITORS, Insertion
+from ...weights.solve import Update
+from ...weights.values import ValueSettings, fact_texts, optimize_values
+from .. import Fit, register_method
+from .anchors import Alignment, build_anchors
+from .config import SteamConfig
+
+__all__ = ["Steam"]
+
+_PARTS = ("left", "right", "gram")
+_FIRST_DEPTH, _LAST_DEPTH = 0.13, 0.265  # blocks 4 to 8 of 30 to 32
+
+
+class Steam:
+    """Weight edits: a base editor, with semantic anchors where `anchored`.
+
+    Args:
+        name: of the method.
+        editor: the base editor, or None for the configuration's choice.
+        anchored: whether values are pulled towards semantic anchors.
+    """
+
+    config_class = SteamConfig
+    in_weights = True
+
+    def __init__(self, name: str, editor: str | None = None, anchored: bool = True) -> None:
+        self.name = name
+        self._editor = editor
+        self._anchored = anchored
+
+    def fit(
+        self,
+        base: Base,
+        facts: Sequence[Fact],
+        config: SteamConfig,
+        *,
+        previous: Fit | None,
+        clean: Callable[[], AbstractContextManager[None]],
+        seed: int,
+        progress: bool,
+    ) -> Fit:
+        """See `hf_edit.methods.Method.fit`. ROME edits one fact at a time, each on top of the last; MEMIT all at once."""
+        editor = self._editor or config.base_editor or ("rome" if len(facts) == 1 else "memit")
+        weight = config.anchor_weight if self._anchored else 0.0
+        with ExitStack() as stack:
+            stack.enter_context(frozen(base.model))
+            with clean():
+                job = _Job.prepare(base, config, editor, seed, progress)
+                anchors = build_anchors(base, facts, job.anchor_blocks(), config) if weight else None
+            tensors = dict(previous.tensors) if previous else {}
+            groups = [range(len(facts))] if editor == "memit" else [range(i, i + 1) for i in range(len(facts))]
+            for group in groups:
+                objective = Alignment(anchors, list(group), weight, config.centred) if anchors else None
+                updates = job.fit([facts[i] for i in group], objective)
+                tensors = _appended(tensors, updates)
+                attachment = WeightAttachment(base.model, {name: u.factors for name, u in updates.items()})
+                stack.callback(attachment.detach)
+        notes = {str(f.id): _note(n) for f, n in zip(facts, anchors.counts, strict=True)} if anchors else {}
+        modules = tuple(sorted({name.rpartition(".")[0] for name in tensors}))
+        return Fit(tensors, modules, (*(previous.facts if previous else ()), *facts), notes)
+
+    def remove(self, fit: Fit, keep: Sequence[int]) -> Fit:
+        """The same edit with only the facts `keep`: each weight's update is solved again from its stored gram matrix."""
+        keep = list(keep)
+        tensors = {}
+        for module in fit.modules:
+            left, right, gram = (fit.tensors[f"{module}.{part}"].double() for part in _PARTS)
+            whitened = (torch.eye(len(gram), dtype=torch.float64) + gram) @ right  # M K, see hf_edit.weights.solve
+            gram = gram[keep][:, keep]
+            solved = torch.linalg.solve(torch.eye(len(keep), dtype=torch.float64) + gram, whitened[keep])
+            tensors |= {f"{module}.{p}": t.float() for p, t in zip(_PARTS, (left[:, keep], solved, gram), strict=True)}
+        return Fit(tensors, fit.modules, tuple(fit.facts[i] for i in keep))
+
+    def validate(self, fit: Fit, config: SteamConfig, base: Base | None) -> None:
+        """See `hf_edit.methods.Method.validate`."""
+        count = len(fit.facts)
+        expected = {f"{module}.{part}" for module in fit.modules for part in _PARTS}
+        if wrong := sorted(expected ^ set(fit.tensors)):
+            raise PackFormatError(f"the pack's tensors do not match its modules: {', '.join(wrong)[:300]}")
+        for module in fit.modules:
+            left, right, gram = (fit.tensors[f"{module}.{part}"] for part in _PARTS)
+            if any(t.dtype != torch.float32 or t.dim() != 2 for t in (left, right, gram)):
+                raise PackFormatError(f"the factors of {module} must be float32 matrices")
+            if (left.shape[1], right.shape[0], *gram.shape) != (count,) * 4:
+                raise PackFormatError(f"the factors of {module} are not for {count} facts")
+            if base is not None:
+                self._validate_module(module, base, config)
+
+    def _validate_module(self, module: str, base: Base, config: SteamConfig) -> None:
+        if module not in base.layout(config.edit_module).projections:
+            raise PackFormatError(f"{module!r} is no MLP output projection of this model")
+
+    def attach(self, base: Base, fit: Fit, config: SteamConfig) -> WeightAttachment:
+        """See `hf_edit.methods.Method.attach`."""
+        return WeightAttachment(
+            base.model, {m: Factors(fit.tensors[f"{m}.left"], fit.tensors[f"{m}.right"]) for m in fit.modules}
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the groups of one fit share."""
+
+    base: Base
+    config: SteamConfig
+    editor: str
+    layout: Layout
+    layers: tuple[int, ...]
+    statistics: KeyStatistics
+    contexts: list[str]
+    progress: bool
+
+    @classmethod
+    def prepare(cls, base: Base, config: SteamConfig, editor: str, seed: int, progress: bool) -> _Job:
+        layout = base.layout(config.edit_module)
+        layers = _layers(base, layout, config, editor)
+        modules = [layout.projection(block) for block in layers]
+        statistics = cached_statistics(base, modules, num_tokens=config.statistics_tokens, progress=progress)
+        contexts = sample_contexts(base, config.contexts, config.context_length, seed)
+        return cls(base, config, editor, layout, layers, statistics, contexts, progress)
+
+    def anchor_blocks(self) -> tuple[int, ...]:
+        """The blocks to align at, all above the last edit layer."""
+        chosen = self.config.anchor_blocks
+        if chosen is None:
+            third = range(self.layout.at_depth(1 / 3), self.layout.at_depth(2 / 3) + 1)
+            above = range(self.layers[-1] + 1, len(self.layout))
+            return tuple(b for b in third if b in above) or tuple(above[:1])
+        blocks = tuple(self.layout.block(b) for b in chosen)
+        if min(blocks) <= self.layers[-1]:
+            raise ValueError(
+                f"anchor_blocks must all lie above the last edited block, {self.layers[-1]}; block {min(blocks)} does not see the edit"
+            )
+        return blocks
+
+    def fit(self, facts: Sequence[Fact], objective: Alignment | None) -> dict[str, Update]:
+        """Values and their insertion, for facts that are edited together."""
+        config = self.config
+        settings = ValueSettings(
+            self.layers[-1], config.steps, config.lr, config.kl_factor, config.weight_decay, config.clamp
+        )
+        texts = fact_texts(self.base, facts, self.contexts)
+        values = optimize_values(
+            self.base,
+            texts,
+            settings,
+            objective=objective,
+            layout=self.layout,
+            batch_facts=config.batch_facts,
+            progress=self.progress,
+        )
+        width = weight_shape(self.base.model.get_submodule(self.layout.projection(self.layers[-1])))[1]
+        covariance_weight = config.covariance_weight or 0.1 * width
+        problem = Insertion(
+            self.base, self.layout, self.layers, texts, values, self.statistics, covariance_weight
+        )
+        return EDITORS[self.editor](problem)
+
+
+def _layers(base: Base, layout: Layout, config: SteamConfig, editor: str) -> tuple[int, ...]:
+    if config.layers is not None:
+        layers = tuple(sorted({layout.block(b) for b in config.layers}))
+    else:
+        layers = tuple(range(layout.at_depth(_FIRST_DEPTH), layout.at_depth(_LAST_DEPTH) + 1))
+        # Behind a norm a residual can't be spread over several blocks.
+        if write_scale(base.model, layout, layers[-1]) is None:
+            layers = layers[-1:]
+    return layers if editor == "memit" else layers[-1:]
+
+
+def _appended(tensors: dict[str, torch.Tensor], updates: dict[str, Update]) -> dict[str, torch.Tensor]:
+    """Earlier factors with new ones beside them; a module that only one of the two edits gets zeros for the other."""
+    new = {m: dict(zip(_PARTS, (u.factors.left, u.factors.right, u.gram), strict=True)) for m, u in updates.items()}
+    old: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        old.setdefault(module, {})[part] = tensor
+    counts = [next((len(parts["right"]) for parts in side.values()), 0) for side in (old, new)]
+    joined = {}
+    for module in sorted({*old, *new}):
+        like = old.get(module) or new[module]
+        sides = [
+            side.get(module)
+            or {
+                "left": torch.zeros(len(like["left"]), count),
+                "right": torch.zeros(count, like["right"].shape[1]),
+                "gram": torch.zeros(count, count),
+            }
+            for side, count in zip((old, new), counts, strict=True)
+        ]
+        joined[f"{module}.left"] = torch.cat([side["left"] for side in sides], dim=1)
+        joined[f"{module}.right"] = torch.cat([side["right"] for side in sides])
+        joined[f"{module}.gram"] = torch.block_diag(*(side["gram"] for side in sides))
+    return joined
+
+
+def _note(count: int) -> str:
+    return f"{count} references" if count else "no anchor: too few references are recalled"
+
+
+register_method(Steam("steam"))
+register_method(Steam("rome", "rome", anchored=False))
+register_method(Steam("memit", "memit", anchored=False))

@@ -1,0 +1,381 @@
+"""`EditPack`: an edit as a value, and as a folder that can be shared.
+
+A pack is read as data from a stranger: nothing in it is imported, evaluated or unpickled, every file is checked against
+its hash and every tensor against its method before a model is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ._version import __version__
+from .base import Base
+from .cache import atomic_path
+from .card import card
+from .errors import BaseMismatchError, PackFormatError
+from .facts import Fact
+from .methods import EditConfig, Fit, get_method
+
+__all__ = ["CONFIG_FILE", "EditPack"]
+
+CONFIG_FILE = "edit_config.json"
+FACTS_FILE = "facts.jsonl"
+TENSORS_FILE = "edits.safetensors"
+CARD_FILE = "README.md"
+FORMAT_VERSION = 1
+
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_FACTS_BYTES = 1 << 28
+_MAX_TENSORS = 1 << 14
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "format_version": int,
+    "method": str,
+    "method_config": dict,
+    "base_model_name_or_path": (str, type(None)),
+    "base_model_revision": (str, type(None)),
+    "base_model_type": str,
+    "sizes": dict,
+    "base_fingerprint": str,
+    "tokenizer_fingerprint": str,
+    "modules": list,
+    "num_facts": int,
+    "facts_sha256": str,
+    "tensors_sha256": str,
+    "versions": dict,
+    "seed": int,
+    "parent": (str, type(None)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class EditPack:
+    """An edit: facts, tensors, and the base model that they are for.
+
+    Attributes:
+        method: the method's name.
+        config: its settings.
+        fit: tensors, edited modules and facts.
+        base: what is known of the base model: name, revision, type, sizes, fingerprints.
+        seed: of the fit.
+        versions: of the libraries that made it.
+        parent: hash of the pack that this one was fitted on top of, or None.
+    """
+
+    method: str
+    config: EditConfig
+    fit: Fit
+    base: Mapping[str, Any]
+    seed: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    parent: str | None = None
+
+    @property
+    def facts(self) -> tuple[Fact, ...]:
+        """The facts, in the order of the tensors."""
+        return self.fit.facts
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name."""
+        return self.fit.tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EditPack):
+            return NotImplemented
+        return (
+            self.method == other.method
+            and self.config.to_dict() == other.config.to_dict()
+            and self.facts == other.facts
+            and dict(self.base) == dict(other.base)
+            and self.tensors.keys() == other.tensors.keys()
+            and all(torch.equal(t, other.tensors[name]) for name, t in self.tensors.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # holds tensors
+
+    def __repr__(self) -> str:
+        where = self.base.get("base_model_name_or_path") or self.base.get("base_model_type")
+        return f"EditPack({self.method!r}, {len(self.facts)} facts, {self.nbytes / 1e6:.2f} MB, base {where!r})"
+
+    def remove(self, ids: Sequence[str]) -> EditPack:
+        """The pack without some facts, solved from what it stores: no training, no model.
+
+        Args:
+            ids: ids of the facts to take out.
+
+        Raises:
+            KeyError: the pack has no fact of that id.
+            ValueError: nothing would be left.
+        """
+        known = [f.id for f in self.facts]
+        for id in ids:
+            if id not in known:
+                raise KeyError(f"the pack has no fact with id {id!r}; see the ids with [fact.id for fact in pack.facts]")
+        keep = [i for i, id in enumerate(known) if id not in set(ids)]
+        if not keep:
+            raise ValueError("no fact would be left; delete the pack instead: model.delete_pack(name)")
+        fit = get_method(self.method).remove(self.fit, keep)
+        return EditPack(self.method, self.config, fit, self.base, self.seed, self.versions, self.parent)
+
+    def check_base(self, base: Base) -> None:
+        """Refuse another base than the pack was made for; reads the clean model.
+
+        Raises:
+            BaseMismatchError: another architecture, size, set of weights or tokenizer.
+        """
+        here = describe_base(base, self.fit.modules, known=self.base)
+        for key, what in (
+            ("base_model_type", "another architecture"),
+            ("sizes", "another size"),
+            ("tokenizer_fingerprint", "another tokenizer"),
+            ("base_fingerprint", "other weights in the edited modules"),
+        ):
+            if here[key] != self.base[key]:
+                raise BaseMismatchError(
+                    f"this model has {what} than the edits were made for ({key}: here {here[key]}, in the pack "
+                    f"{self.base[key]}). Load the base that the pack names: "
+                    f"{self.base['base_model_name_or_path']!r}, or pass verify_base='warn' if you know that it serves."
+                )
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the pack's files into a folder, each replaced whole; `edit_config.json` comes last.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(directory)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; give a folder to save the pack in")
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = "".join(json.dumps(f.to_dict(), ensure_ascii=False, sort_keys=True) + "\n" for f in self.facts)
+        with (
+            atomic_path(folder / CONFIG_FILE) as config_path,
+            atomic_path(folder / CARD_FILE) as card_path,
+            atomic_path(folder / FACTS_FILE) as facts_path,
+            atomic_path(folder / TENSORS_FILE) as tensors_path,
+        ):
+            save_file(
+                {name: t.contiguous() for name, t in sorted(self.tensors.items())},
+                tensors_path,
+                {"format": "pt", "hf_edit_format": str(FORMAT_VERSION)},
+            )
+            facts_path.write_text(facts, encoding="utf-8", newline="\n")
+            card_path.write_text(card(self), encoding="utf-8", newline="\n")
+            config = self._config_json(_sha256(facts_path), _sha256(tensors_path))
+            config_path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+        return folder
+
+    def _config_json(self, facts_sha256: str, tensors_sha256: str) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "method": self.method,
+            "method_config": self.config.to_dict(),
+            **self.base,
+            "modules": list(self.fit.modules),
+            "num_facts": len(self.facts),
+            "facts_sha256": facts_sha256,
+            "tensors_sha256": tensors_sha256,
+            "versions": dict(self.versions),
+            "seed": self.seed,
+            "parent": self.parent,
+        }
+
+    @classmethod
+    def inspect(cls, directory: str | os.PathLike[str]) -> dict[str, Any]:
+        """The checked contents of a pack's `edit_config.json`, and its tensors' names, types and shapes; reads no tensor.
+
+        Raises:
+            FileNotFoundError: no pack in this folder.
+            PackFormatError: it is damaged, or of a format that this version does not read.
+        """
+        config = _read_config(Path(directory))
+        path = _file(Path(directory), TENSORS_FILE)
+        try:
+            with safe_open(path, "pt") as file:
+                names = list(file.keys())
+                slices = {n: file.get_slice(n) for n in names[:_MAX_TENSORS]}
+                tensors = {n: {"dtype": s.get_dtype(), "shape": list(s.get_shape())} for n, s in slices.items()}
+        except SafetensorError as error:
+            raise PackFormatError(f"{path} is no valid safetensors file: {error}") from error
+        return {**config, "tensors": tensors, "bytes": path.stat().st_size}
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> EditPack:
+        """Read a pack from a folder.
+
+        Raises:
+            FileNotFoundError: no pack in this folder.
+            PackFormatError: a file is missing, damaged, changed since it was written, or of a newer format.
+        """
+        folder = Path(directory)
+        config = _read_config(folder)
+        facts = _read_facts(_file(folder, FACTS_FILE), config)
+        tensors = _read_tensors(_file(folder, TENSORS_FILE), config)
+        try:
+            method = get_method(config["method"])
+            settings = method.config_class.from_dict(config["method_config"])
+        except ValueError as error:
+            raise PackFormatError(f"{folder / CONFIG_FILE}: {error}") from error
+        fit = Fit(tensors, tuple(config["modules"]), facts)
+        method.validate(fit, settings, None)
+        base = {key: config[key] for key in _BASE_KEYS}
+        return cls(config["method"], settings, fit, base, config["seed"], config["versions"], config["parent"])
+
+
+_BASE_KEYS = (
+    "base_model_name_or_path",
+    "base_model_revision",
+    "base_model_type",
+    "sizes",
+    "base_fingerprint",
+    "tokenizer_fingerprint",
+)
+
+
+def describe_base(base: Base, modules: Sequence[str], *, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a pack records of its base model; reads the clean model.
+
+    Args:
+        modules: the edited modules, which the fingerprint is taken of.
+        known: name and revision, where they are known.
+
+    Raises:
+        BaseMismatchError: the model has no module of one of these names.
+    """
+    config = base.model.config.get_text_config(decoder=True)
+    try:
+        found = base.fingerprint_of(modules)
+    except AttributeError as error:
+        raise BaseMismatchError(f"the model has not the modules that the edits are for: {error}") from error
+    known = known or {}
+    return {
+        "base_model_name_or_path": known.get("base_model_name_or_path"),
+        "base_model_revision": known.get("base_model_revision"),
+        "base_model_type": str(config.model_type),
+        "sizes": {key: int(getattr(config, key)) for key in ("hidden_size", "num_hidden_layers", "vocab_size")},
+        "base_fingerprint": found,
+        "tokenizer_fingerprint": base.tokenizer_fingerprint,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of this library and of those that an edit depends on."""
+    from importlib.metadata import version
+
+    return {"hf_edit": __version__, **{name: version(name) for name in ("torch", "transformers", "safetensors")}}
+
+
+def _file(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.exists():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}")
+        what = "it holds no edit pack, or an incomplete one" if name == CONFIG_FILE else "the pack is incomplete"
+        raise (FileNotFoundError if name == CONFIG_FILE else PackFormatError)(f"{folder} has no {name}: {what}")
+    if not path.is_file():
+        raise PackFormatError(f"{path} is no regular file")
+    return path
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = _file(folder, CONFIG_FILE)
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise PackFormatError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes")
+    config = _parse(path.read_bytes(), path)
+    if not isinstance(config, dict):
+        raise PackFormatError(f"{path} holds no JSON object")
+    version = config.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise PackFormatError(
+            f"{path} has format {version}, this version of hf_edit reads {FORMAT_VERSION}: pip install --upgrade hf-edit"
+        )
+    for key, kind in _KEYS.items():
+        if key not in config:
+            raise PackFormatError(f"{path} has no {key!r}")
+        if not isinstance(config[key], kind) or (kind is int and isinstance(config[key], bool)):
+            raise PackFormatError(f"{path}: {key!r} is of the wrong type ({type(config[key]).__name__})")
+    if unknown := sorted(set(config) - set(_KEYS)):
+        raise PackFormatError(f"{path} has unknown keys: {', '.join(unknown)[:200]}")
+    if not all(isinstance(name, str) and name for name in config["modules"]):
+        raise PackFormatError(f"{path}: 'modules' holds something that is no module name")
+    return config
+
+
+def _parse(data: bytes, path: Path) -> Any:
+    """JSON without what Python's reader lets through: repeated keys, NaN, byte-order marks."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in items}) < len(items):
+            raise ValueError("a key stands twice in one object")
+        return dict(items)
+
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise PackFormatError(f"{path} is not valid JSON: {error}"[:500]) from error
+
+
+def _read_facts(path: Path, config: Mapping[str, Any]) -> tuple[Fact, ...]:
+    if path.stat().st_size > _MAX_FACTS_BYTES:
+        raise PackFormatError(f"{path} is larger than {_MAX_FACTS_BYTES} bytes")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != config["facts_sha256"]:
+        raise PackFormatError(f"{path} is not the file that the pack was saved with (its hash differs): get it again")
+    lines = [line for line in data.split(b"\n") if line]
+    if len(lines) != config["num_facts"]:
+        raise PackFormatError(f"{path} holds {len(lines)} facts, {CONFIG_FILE} says {config['num_facts']}")
+    facts = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line, path)
+        try:
+            facts.append(Fact.from_dict(record))
+        except (ValueError, TypeError, KeyError) as error:
+            raise PackFormatError(f"{path}, line {number}: {error}") from error
+    if len({fact.id for fact in facts}) < len(facts):
+        raise PackFormatError(f"{path}: two facts have the same id")
+    return tuple(facts)
+
+
+def _read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    if _sha256(path) != config["tensors_sha256"]:
+        raise PackFormatError(f"{path} is not the file that the pack was saved with (its hash differs): get it again")
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("hf_edit_format") != str(FORMAT_VERSION):
+                raise PackFormatError(f"{path} is no tensor file of an edit pack (its header does not say so)")
+            names = list(file.keys())
+            if len(names) > _MAX_TENSORS:
+                raise PackFormatError(f"{path} holds {len(names)} tensors, more than any edit pack")
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise PackFormatError(f"{path} is no valid safetensors file: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise PackFormatError(f"{path}: tensor {name!r} holds NaN or infinity")
+    return tensors
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()

@@ -1,0 +1,493 @@
+"""Running only what an edit can change.
+
+An edit enters at one position of a text and at one block. Blocks below it, and tokens in front of it, never change:
+their states, keys and values are computed once, for all steps of an optimisation, and each step runs the remaining
+tokens through the remaining blocks. Logits are computed only where a loss reads them.
+
+The model's own forward does the work, so masks, position codes, soft caps and scales are the model's own: blocks below
+the edit hand on what they get, and a cache holds the clean keys and values.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from .layout import Layout
+from .positions import pad
+
+__all__ = ["Outputs", "Span", "SuffixBatch", "SuffixCache", "caches_exactly", "frozen", "hidden_of", "length_groups",
+           "read_keys_and_states"]
+
+Hook = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one run gives back.
+
+    Attributes:
+        logits: float32 [reads, vocabulary], in the order asked for.
+        states: by block, its output at the positions asked for: [reads, hidden].
+    """
+
+    logits: torch.Tensor | None
+    states: dict[int, torch.Tensor]
+
+
+@dataclass
+class Span:
+    """One text's share of a cache.
+
+    Attributes:
+        ids: all token ids.
+        cut: index of the first token that runs.
+        inputs: [tokens - cut, hidden], the clean input of the first block that runs; None where that is block 0.
+        keys, values: for each block that runs, [heads, cut, head size].
+    """
+
+    ids: tuple[int, ...]
+    cut: int
+    inputs: torch.Tensor | None
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+
+class SuffixCache:
+    """Clean states, keys and values of texts, from which runs start at block `start` and at each text's cut.
+
+    Args:
+        model: the causal language model.
+        layout: its blocks.
+        start: the first block that runs.
+    """
+
+    def __init__(self, model: Any, layout: Layout, start: int) -> None:
+        self.model = model
+        self.layout = layout
+        self.start = start
+        self.spans: list[Span] = []
+        self._tuples = False  # whether the block in front of the start returns a tuple
+
+    @torch.no_grad()
+    def add(
+        self,
+        texts: Sequence[Sequence[int]],
+        cuts: Sequence[int],
+        reads: Sequence[tuple[int, int]] = (),
+        states: Sequence[int] = (),
+        batch_tokens: int = 4096,
+    ) -> Outputs:
+        """Run texts through the clean model once and keep what later runs start from.
+
+        Args:
+            texts: token ids.
+            cuts: for each text, the first token that later runs compute; 0 runs all of it.
+            reads: (text, position) pairs to read logits and `states` at in this clean pass.
+            states: blocks whose outputs are read at `reads`.
+            batch_tokens: bound on tokens a forward, padding included.
+
+        Returns:
+            The clean outputs at `reads`, in their order.
+        """
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        found: dict[int, tuple[torch.Tensor | None, dict[int, torch.Tensor]]] = {}
+        spans: dict[int, Span] = {}
+        for rows in _batches(order, [len(t) for t in texts], batch_tokens):
+            at = {row: i for i, row in enumerate(rows)}
+            wanted = [n for n, (text, _) in enumerate(reads) if text in at]
+            points = [(at[reads[n][0]], reads[n][1]) for n in wanted]
+            outputs = self._clean(rows, texts, cuts, points, states, spans)
+            for k, n in enumerate(wanted):
+                logits = outputs.logits[k] if outputs.logits is not None else None
+                found[n] = (logits, {block: s[k] for block, s in outputs.states.items()})
+        self.spans += [spans[i] for i in range(len(texts))]
+        if not reads:
+            return Outputs(None, {})
+        logits = torch.stack([found[n][0] for n in range(len(reads))])  # type: ignore[misc]
+        return Outputs(logits, {b: torch.stack([found[n][1][b] for n in range(len(reads))]) for b in states})
+
+    def _clean(
+        self,
+        rows: Sequence[int],
+        texts: Sequence[Sequence[int]],
+        cuts: Sequence[int],
+        points: Sequence[tuple[int, int]],
+        states: Sequence[int],
+        spans: dict[int, Span],
+    ) -> Outputs:
+        device = self.model.get_input_embeddings().weight.device
+        ids, mask = pad([texts[r] for r in rows], device=device)
+        cache = DynamicCache() if any(cuts[r] for r in rows) else None
+        raw: list[Any] = []
+        with ExitStack() as stack:
+            if self.start:
+                stack.enter_context(_reading(self.layout.blocks[self.start - 1], raw))
+            outputs = _forward(self.model, self.layout, stack, points, states, ids, mask, cache, _positions(mask))
+        self._tuples = any(isinstance(output, tuple) for output in raw)
+        inputs = [hidden_of(output) for output in raw]
+        blocks = range(self.start, len(self.layout)) if cache is not None else range(0)
+        for i, row in enumerate(rows):
+            cut, length = cuts[row], len(texts[row])
+            spans[row] = Span(
+                ids=tuple(texts[row]),
+                cut=cut,
+                inputs=inputs[0][i, cut:length].clone() if inputs else None,
+                keys=[cache.layers[b].keys[i, :, :cut].clone() for b in blocks] if cache is not None else [],
+                values=[cache.layers[b].values[i, :, :cut].clone() for b in blocks] if cache is not None else [],
+            )
+        return outputs
+
+    def batch(self, indices: Sequence[int]) -> SuffixBatch:
+        """Texts of the cache as one padded batch, in the order given."""
+        return SuffixBatch(self, [self.spans[i] for i in indices])
+
+    def nbytes(self) -> int:
+        """Bytes that the kept states, keys and values take."""
+        tensors = (t for s in self.spans for t in (s.inputs, *s.keys, *s.values) if t is not None)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class SuffixBatch:
+    """A padded batch of a `SuffixCache`: built once, run as often as an optimisation has steps.
+
+    Attributes:
+        ids: [rows, longest suffix].
+        inputs: [rows, longest suffix, hidden], the clean input of the first block that runs, or None at block 0.
+    """
+
+    def __init__(self, cache: SuffixCache, spans: Sequence[Span]) -> None:
+        self._cache = cache
+        self._cuts = [s.cut for s in spans]
+        device = cache.model.get_input_embeddings().weight.device
+        self.ids, mask = pad([s.ids[s.cut :] for s in spans], device=device)
+        prefix = max(self._cuts)
+        before = torch.tensor([[int(j < s.cut) for j in range(prefix)] for s in spans], device=device, dtype=mask.dtype)
+        self._mask = torch.cat([before.reshape(len(spans), prefix), mask], dim=1)
+        self._positions = _positions(self._mask)[:, prefix:]
+        self.inputs = None
+        if spans[0].inputs is not None:
+            self.inputs = nn.utils.rnn.pad_sequence([s.inputs for s in spans if s.inputs is not None], batch_first=True)
+        self._keys = [_pad_heads([s.keys[b] for s in spans], prefix) for b in range(len(spans[0].keys))] if prefix else []
+        self._values = [_pad_heads([s.values[b] for s in spans], prefix) for b in range(len(spans[0].values))] if prefix else []
+
+    def column(self, row: int, position: int) -> int:
+        """The column, in this batch's suffixes, of a token position of the row's whole text."""
+        return position - self._cuts[row]
+
+    def run(
+        self,
+        reads: Sequence[tuple[int, int]],
+        *,
+        states: Sequence[int] = (),
+        inputs: torch.Tensor | None = None,
+        hooks: dict[nn.Module, Hook] | None = None,
+        logits: bool = True,
+    ) -> Outputs:
+        """Run the suffixes.
+
+        Args:
+            reads: (row, position in the whole text) pairs to read at.
+            states: blocks, at or above the start, whose outputs are read at `reads`.
+            inputs: takes the place of the clean inputs of the first block that runs.
+            hooks: by module, a function of the module's output [rows, suffix, ...] that gives the one to go on with.
+            logits: False where only states are wanted.
+        """
+        cache, model, layout = self._cache, self._cache.model, self._cache.layout
+        points = [(row, self.column(row, position)) for row, position in reads]
+        past = self._past() if self._keys else None
+        with ExitStack() as stack:
+            if cache.start:
+                stack.enter_context(_skipping(layout, cache.start, self.inputs if inputs is None else inputs, cache._tuples))
+            for module, change in (hooks or {}).items():
+                stack.enter_context(_changing(module, change, self.ids.shape))
+            return _forward(model, layout, stack, points, states, self.ids, self._mask, past, self._positions, logits)
+
+    def _past(self) -> DynamicCache:
+        past = DynamicCache()
+        filler = self._keys[0][:1, :1, :, :1].expand_as(self._keys[0])  # never read: blocks below the start are skipped
+        for block in range(len(self._cache.layout)):
+            kept = block - self._cache.start
+            past.update(*(((self._keys[kept], self._values[kept])) if kept >= 0 else (filler, filler)), block)
+        return past
+
+
+@torch.no_grad()
+def read_keys_and_states(
+    model: Any,
+    layout: Layout,
+    texts: Sequence[Sequence[int]],
+    points: Sequence[tuple[int, int]],
+    *,
+    modules: Sequence[str] = (),
+    blocks: Sequence[int] = (),
+    last: int,
+    batch_tokens: int = 8192,
+) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
+    """Inputs of modules and outputs of blocks at points of texts; nothing above block `last` runs.
+
+    Args:
+        points: (text, position) pairs.
+        modules: names of modules whose inputs are read: the keys of an MLP output projection.
+        blocks: blocks whose outputs are read.
+        last: the highest block that runs.
+
+    Returns:
+        By module [points, in] and by block [points, hidden], in the model's dtype.
+    """
+    keys: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
+    states: dict[int, list[torch.Tensor]] = {block: [] for block in blocks}
+    order: list[int] = []
+    by_text: dict[int, list[int]] = {}
+    for n, (text, _) in enumerate(points):
+        by_text.setdefault(text, []).append(n)
+    for group in _batches(sorted(by_text, key=lambda i: len(texts[i])), [len(t) for t in texts], batch_tokens):
+        wanted = [n for text in group for n in by_text[text]]
+        order += wanted
+        device = model.get_input_embeddings().weight.device
+        ids, mask = pad([texts[i] for i in group], device=device)
+        row = {text: i for i, text in enumerate(group)}
+        rows = torch.tensor([row[points[n][0]] for n in wanted], device=device)
+        columns = torch.tensor([points[n][1] for n in wanted], device=device)
+        read: dict[str, list[Any]] = {name: [] for name in modules}
+        outputs: dict[int, list[Any]] = {block: [] for block in blocks}
+        with ExitStack() as stack:
+            for name in modules:
+                stack.enter_context(_reading_inputs(model.get_submodule(name), read[name]))
+            for block in blocks:
+                stack.enter_context(_reading(layout.blocks[block], outputs[block]))
+            stack.enter_context(_stopping(layout, last))
+            nothing: list[tuple[int, int]] = []
+            _forward(model, layout, stack, nothing, (), ids, mask, None, _positions(mask), logits=False)
+        for name in modules:
+            keys[name].append(_at(read[name][0].reshape(*ids.shape, -1), rows, columns))
+        for block in blocks:
+            states[block].append(_at(hidden_of(outputs[block][0]), rows, columns))
+    back = torch.tensor(order).argsort()
+    return (
+        {name: torch.cat(found)[back.to(found[0].device)] for name, found in keys.items()},
+        {block: torch.cat(found)[back.to(found[0].device)] for block, found in states.items()},
+    )
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """The model in eval mode, none of its parameters asking for a gradient; both as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def caches_exactly(model: Any, layout: Layout) -> bool:
+    """Whether texts of unequal length may share a padded cache: not where distances are counted in cache slots (MPT's
+    ALiBi) or where the cache holds no keys and values. Found by trying it on a few tokens."""
+    texts = [list(range(1, 8)), list(range(8, 12))]
+    reads = [(0, 6), (1, 3)]
+    cache = SuffixCache(model, layout, 0)
+    try:
+        with frozen(model):
+            clean = cache.add(texts, [5, 1], reads).logits
+            again = cache.batch([0, 1]).run(reads).logits
+    except (AttributeError, IndexError, TypeError):
+        return False
+    assert clean is not None and again is not None
+    spread = clean.std(dim=-1).mean()
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    return float((clean - again).abs().max()) < tolerance * float(spread) * 10
+
+
+def length_groups(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Indices of rows grouped by length, so that padding is rarely computed.
+
+    A group is closed once it holds enough tokens to keep the device busy: a CPU gains from little padding, an accelerator
+    from few and large batches.
+    """
+    enough = 256 if device.type == "cpu" else 4096
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        group = groups[-1] if groups else []
+        if not group or (lengths[index] > lengths[group[0]] and len(group) * lengths[group[-1]] >= enough):
+            groups.append([index])
+        else:
+            group.append(index)
+    return groups
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """A block's hidden states [batch, tokens, hidden]: some architectures return them in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _forward(
+    model: Any,
+    layout: Layout,
+    stack: ExitStack,
+    points: Sequence[tuple[int, int]],
+    states: Sequence[int],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    cache: DynamicCache | None,
+    positions: torch.Tensor,
+    logits: bool = True,
+) -> Outputs:
+    seen: dict[int, list[Any]] = {block: [] for block in states}
+    for block in states:
+        stack.enter_context(_reading(layout.blocks[block], seen[block]))
+    rows = torch.tensor([r for r, _ in points], dtype=torch.long, device=ids.device)
+    columns = torch.tensor([c for _, c in points], dtype=torch.long, device=ids.device)
+    head = model.get_output_embeddings()
+    wanted = logits and len(points) > 0
+    stack.enter_context(_gathering(head, rows if wanted else rows[:0], columns if wanted else columns[:0]))
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
+    if cache is not None:
+        arguments["past_key_values"] = cache
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        arguments["position_ids"] = positions
+    output = model(**arguments, return_dict=True)
+    return Outputs(
+        output.logits[0].float() if wanted else None,
+        {block: _at(hidden_of(outputs[0]), rows, columns) for block, outputs in seen.items()},
+    )
+
+
+def _at(states: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """[rows, columns, hidden] at the given points: [points, hidden]."""
+    return states[rows.to(states.device), columns.to(states.device)]
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _pad_heads(tensors: Sequence[torch.Tensor], length: int) -> torch.Tensor:
+    """[heads, cut, size] tensors as [rows, heads, length, size], zeros behind each cut."""
+    out = tensors[0].new_zeros(len(tensors), tensors[0].shape[0], length, tensors[0].shape[2])
+    for i, tensor in enumerate(tensors):
+        out[i, :, : tensor.shape[1]] = tensor
+    return out
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices in the order given, in groups whose padded size stays within the budget (one at least)."""
+    group: list[int] = []
+    for index in order:
+        if group and (len(group) + 1) * max(lengths[index], lengths[group[0]]) > budget:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+@contextmanager
+def _reading(module: nn.Module, into: list[Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda _, __, output: into.append(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _reading_inputs(module: nn.Module, into: list[Any]) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(lambda _, args: into.append(args[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _stopping(layout: Layout, last: int) -> Iterator[None]:
+    """Blocks above `last` do nothing."""
+    kinds: list[Any] = []
+    blocks = layout.blocks[last + 1 :]
+    with _reading(layout.blocks[last], kinds), _replaced(blocks, [_pass_on(kinds)] * len(blocks)):
+        yield
+
+
+def _pass_on(kinds: list[Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _hand_on(None, isinstance(kinds[-1], tuple))(*args, **kwargs)
+
+    return forward
+
+
+@contextmanager
+def _changing(module: nn.Module, change: Hook, shape: Sequence[int]) -> Iterator[None]:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        states = hidden_of(output)
+        # some blocks (OPT) run their MLP on all tokens of the batch in a row: [rows * tokens, ...]
+        changed = change(states.reshape(*shape, -1)).reshape(states.shape)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _gathering(head: nn.Module, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
+    """The output embedding sees only the states at (rows, columns), as one row of a batch: [1, reads, hidden]."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_at(args[0], rows, columns)[None], *args[1:])
+
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _skipping(layout: Layout, start: int, inputs: torch.Tensor | None, as_tuple: bool) -> Iterator[None]:
+    """Blocks below `start` do nothing, and the last of them hands on `inputs`."""
+    blocks = layout.blocks[:start]
+    handed_on = [inputs if index == start - 1 else None for index in range(start)]
+    with _replaced(blocks, [_hand_on(states, as_tuple) for states in handed_on]):
+        yield
+
+
+@contextmanager
+def _replaced(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """The blocks with other `forward` methods; as before afterwards, also where something had replaced them already."""
+    missing = object()
+    before = [block.__dict__.get("forward", missing) for block in blocks]
+    for block, forward in zip(blocks, forwards, strict=True):
+        block.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is missing:
+                del block.forward
+            else:
+                block.forward = forward  # type: ignore[method-assign]
+
+
+def _hand_on(inputs: torch.Tensor | None, as_tuple: bool) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        states = inputs if inputs is not None else args[0] if args else kwargs["hidden_states"]
+        return (states, None) if as_tuple else states
+
+    return forward

@@ -1,0 +1,123 @@
+"""Putting a low-rank change of weights onto a model, and taking it off without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import BaseMismatchError
+from ..layout import is_transposed, weight_shape
+
+__all__ = ["Factors", "WeightAttachment"]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A change of one weight, dW = left @ right.
+
+    Attributes:
+        left: float32 [out, rank].
+        right: float32 [rank, in].
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def dense(self) -> torch.Tensor:
+        """dW, float32 [out, in]."""
+        return self.left @ self.right
+
+
+class WeightAttachment:
+    """Weight changes in force on a model, until `detach`.
+
+    Plain single-precision weights are swapped for changed ones and the originals kept, so generation costs nothing and
+    taking the change off restores them bit for bit: nothing is ever subtracted. Where that would lose the change
+    (half precision, in which small changes round away; quantised or offloaded weights), it runs as a branch beside the
+    weight: y + (x right^T) left^T.
+
+    Args:
+        model: the base model.
+        factors: by module name.
+
+    Raises:
+        BaseMismatchError: a module is missing or of another shape; nothing has been changed then.
+    """
+
+    def __init__(self, model: Any, factors: Mapping[str, Factors]) -> None:
+        modules = {name: _checked(model, name, change) for name, change in factors.items()}
+        self.in_place = True  # whether all of it stands in the weights themselves
+        self._originals: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._handles: list[Any] = []
+        try:
+            for name, module in modules.items():
+                weight = module.weight
+                if isinstance(weight, nn.Parameter) and _is_plain(weight):
+                    self._swap(module, weight, factors[name])
+                else:
+                    self._branch(module, factors[name])
+                    self.in_place = False
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Restore the originals; may be called again."""
+        for handle in self._handles:
+            handle.remove()
+        for weight, original in reversed(self._originals):
+            weight.data = original
+        self._handles, self._originals = [], []
+
+    def _swap(self, module: nn.Module, weight: nn.Parameter, change: Factors) -> None:
+        left, right = (t.to(weight.device, weight.dtype) for t in (change.left, change.right))
+        dense = left @ right
+        changed = weight.data + (dense.T if is_transposed(module) else dense)
+        self._originals.append((weight, weight.data))
+        weight.data = changed
+
+    def _branch(self, module: nn.Module, change: Factors) -> None:
+        placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            keys = args[0]
+            if keys.device not in placed:
+                placed[keys.device] = (change.left.to(keys.device), change.right.to(keys.device))
+            left, right = placed[keys.device]
+            return output + ((keys.float() @ right.T) @ left.T).to(output.dtype)
+
+        self._handles.append(module.register_forward_hook(hook))
+
+
+def _is_plain(weight: nn.Parameter) -> bool:
+    return weight.dtype in (torch.float32, torch.float64) and not weight.is_meta and type(weight.data) is torch.Tensor
+
+
+def _checked(model: Any, name: str, change: Factors) -> Any:
+    try:
+        module = model.get_submodule(name) if name else None
+    except AttributeError:
+        module = None
+    if module is None:
+        raise BaseMismatchError(f"the model has no module {name!r}; the edits were made for another architecture")
+    out, width = _shape(module, name)
+    rank = change.right.shape[0]
+    if tuple(change.left.shape) != (out, rank) or tuple(change.right.shape) != (rank, width):
+        raise BaseMismatchError(
+            f"{name} maps {width} to {out} numbers, the edit's factors are {tuple(change.left.shape)} and "
+            f"{tuple(change.right.shape)}; the edits were made for a model of another size"
+        )
+    return module
+
+
+def _shape(module: nn.Module, name: str) -> tuple[int, int]:
+    if hasattr(module, "out_features") and hasattr(module, "in_features"):  # also where the weight is packed
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    try:
+        return weight_shape(module)
+    except NotImplementedError as error:
+        raise BaseMismatchError(f"{name} is no linear map: {error}") from error
