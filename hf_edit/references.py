@@ -13,7 +13,7 @@ from typing import Any
 
 from .facts import Fact, read_facts
 
-__all__ = ["Reference", "bank", "bank_prompts", "references_for"]
+__all__ = ["Reference", "Relation", "bank", "bank_prompts", "bank_relations", "references_for"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,23 @@ def bank() -> dict[str, tuple[Reference, ...]]:
         for subject, obj in relation["facts"]:
             by_object[obj.casefold()].append(Reference(relation["relation"], subject, prompts, obj))
     return {key: tuple(found) for key, found in by_object.items()}
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A relation of the bank: its wordings and its objects in lower case."""
+
+    name: str
+    prompts: tuple[str, ...]
+    objects: frozenset[str]
+
+
+@cache
+def bank_relations() -> tuple[Relation, ...]:
+    """The shipped bank's relations."""
+    return tuple(
+        Relation(r["relation"], tuple(r["prompts"]), frozenset(obj.casefold() for _, obj in r["facts"])) for r in _relations()
+    )
 
 
 @cache

@@ -1,0 +1,7 @@
+"""LKS, the Latent Knowledge Scalpel (arXiv 2508.03741): the base model stays frozen, a light hypernetwork rewrites the hidden
+state of an entity as it passes a middle block."""
+
+from .config import LKSConfig
+from .method import LKS
+
+__all__ = ["LKS", "LKSConfig"]
