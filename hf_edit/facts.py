@@ -207,9 +207,7 @@ def read_facts(facts: Any) -> list[Fact]:
         origin = os.fspath(facts)
         facts = _read_file(Path(facts))
     if not isinstance(facts, Iterable):
-        raise ValueError(
-            f"facts are a Fact, a dict, a list of them, a path or a datasets.Dataset, not {type(facts).__name__}"
-        )
+        raise ValueError(f"facts are a Fact, a dict, a list of them, a path or a datasets.Dataset, not {type(facts).__name__}")
     read = []
     for number, record in enumerate(facts, start=1):
         try:
@@ -300,9 +298,7 @@ def _template(prompt: str, subject: str, name: str) -> str:
         return prompt
     if marks > 1:
         raise ValueError(f"{name} holds {marks} times {{}}: {prompt!r:.120}. {_HINT}")
-    mentions = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt)) or list(
-        re.finditer(re.escape(subject), prompt)
-    )
+    mentions = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt)) or list(re.finditer(re.escape(subject), prompt))
     if not mentions:
         raise SubjectNotFoundError(f"the subject {subject!r} is not in the {name} {prompt!r:.120}. {_HINT}")
     return prompt[: mentions[-1].start()] + "{}" + prompt[mentions[-1].end() :]
@@ -327,7 +323,7 @@ def _string(value: Any) -> str:
         value = value.get("str")
     if isinstance(value, (list, tuple)):
         value = value[0] if value else ""
-    return value  # type: ignore[no-any-return]  # checked by `Fact`
+    return value  # checked by `Fact`
 
 
 def _list(value: Any) -> tuple[str, ...]:
@@ -353,5 +349,3 @@ def _questions(value: Any) -> tuple[Question, ...]:
 
 def _fold(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
-
-

@@ -17,7 +17,7 @@ from .answers import greedy, says, target_probabilities
 from .base import Base
 from .errors import BaseMismatchError, ConflictingEditsError, HfEditError, MergeError, PackFormatError
 from .facts import Fact, read_facts, resolve_conflicts
-from .methods import EditConfig, Fit, get_method
+from .methods import EditConfig, get_method
 from .methods.base import Attachment
 from .pack import CONFIG_FILE, EditPack, describe_base, versions
 from .report import EditReport, FactResult
@@ -100,7 +100,9 @@ class EditableModelForCausalLM(nn.Module):
             source = next(iter(names))
             base_revision = base_revision or next(iter(packs.values())).base["base_model_revision"]
             if len(names) > 1:
-                raise BaseMismatchError(f"the packs in {folder} name different bases: {sorted(map(str, names))}; pass base_model=...")
+                raise BaseMismatchError(
+                    f"the packs in {folder} name different bases: {sorted(map(str, names))}; pass base_model=..."
+                )
             if source is None:
                 raise BaseMismatchError(f"the pack in {folder} does not name its base model; pass base_model=...")
         elif not packs and base_model is not None:
@@ -249,6 +251,18 @@ class EditableModelForCausalLM(nn.Module):
         answers = greedy(self._base, [f.question for f in facts], _ANSWER_TOKENS, progress=progress)
         return list(zip(answers, target_probabilities(self._base, facts), strict=True))
 
+    def ask(self, prompts: str | Sequence[str], *, max_new_tokens: int = _ANSWER_TOKENS) -> list[str]:
+        """Greedy continuations of prompts as they are, without a chat template, with the edits in force.
+
+        Args:
+            prompts: one or several texts; they run as one left-padded batch.
+            max_new_tokens: length of an answer at most.
+
+        Returns:
+            The continuations, without the prompts.
+        """
+        return greedy(self._base, [prompts] if isinstance(prompts, str) else prompts, max_new_tokens)
+
     # --- packs --------------------------------------------------------------------------------------------------------
 
     @property
@@ -261,7 +275,9 @@ class EditableModelForCausalLM(nn.Module):
         """The names of the packs in force, in the order in which they were put on."""
         return list(self._active)
 
-    def load_pack(self, pack_or_folder: EditPack | str | os.PathLike[str], pack_name: str = "default", *, verify_base: str = "error") -> None:
+    def load_pack(
+        self, pack_or_folder: EditPack | str | os.PathLike[str], pack_name: str = "default", *, verify_base: str = "error"
+    ) -> None:
         """Put a pack in force beside those that are.
 
         Raises:
@@ -453,4 +469,4 @@ def _packs_in(folder: Path, pack_name: str) -> dict[str, EditPack]:
 
 def _check_name(name: str) -> None:
     if not name or len(name) > 64 or name in (".", "..") or any(c in name for c in '/\\:*?"<>|\0\n\r'):
-        raise ValueError(f"{name!r:.80} is no name for a pack: up to 64 characters, none of them / \\ : * ? \" < > |")
+        raise ValueError(f'{name!r:.80} is no name for a pack: up to 64 characters, none of them / \\ : * ? " < > |')

@@ -122,8 +122,13 @@ def encode(tokenizer: Any, texts: Sequence[Text]) -> list[EncodedText]:
         )
     if not texts:
         return []
-    batch = tokenizer([t.text for t in texts], return_offsets_mapping=True, add_special_tokens=True, padding=False, truncation=False)
-    return [_locate(text, ids, offsets) for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)]
+    batch = tokenizer(
+        [t.text for t in texts], return_offsets_mapping=True, add_special_tokens=True, padding=False, truncation=False
+    )
+    return [
+        _locate(text, ids, offsets)
+        for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
+    ]
 
 
 def _locate(text: Text, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> EncodedText:

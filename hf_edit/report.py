@@ -78,7 +78,13 @@ class EditReport:
         """The report as JSON types."""
         rows = []
         for r in self.results:
-            row = {"id": r.fact.id, "prompt": r.fact.question, "target": r.fact.target, "before": r.before, "after": r.after}
+            row: dict[str, Any] = {
+                "id": r.fact.id,
+                "prompt": r.fact.question,
+                "target": r.fact.target,
+                "before": r.before,
+                "after": r.after,
+            }
             row |= {"success": r.success, "probability_before": r.probability_before, "probability": r.probability}
             rows.append(row | ({"note": r.note} if r.note else {}))
         return {

@@ -23,8 +23,17 @@ from transformers import DynamicCache
 from .layout import Layout
 from .positions import pad
 
-__all__ = ["Outputs", "Span", "SuffixBatch", "SuffixCache", "caches_exactly", "frozen", "hidden_of", "length_groups",
-           "read_keys_and_states"]
+__all__ = [
+    "Outputs",
+    "Span",
+    "SuffixBatch",
+    "SuffixCache",
+    "caches_exactly",
+    "frozen",
+    "hidden_of",
+    "length_groups",
+    "read_keys_and_states",
+]
 
 Hook = Callable[[torch.Tensor], torch.Tensor]
 
@@ -307,7 +316,8 @@ def caches_exactly(model: Any, layout: Layout) -> bool:
             again = cache.batch([0, 1]).run(reads).logits
     except (AttributeError, IndexError, TypeError):
         return False
-    assert clean is not None and again is not None
+    assert clean is not None
+    assert again is not None
     spread = clean.std(dim=-1).mean()
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
     return float((clean - again).abs().max()) < tolerance * float(spread) * 10
@@ -474,7 +484,7 @@ def _replaced(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]
     missing = object()
     before = [block.__dict__.get("forward", missing) for block in blocks]
     for block, forward in zip(blocks, forwards, strict=True):
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward
     try:
         yield
     finally:
@@ -482,7 +492,7 @@ def _replaced(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]
             if forward is missing:
                 del block.forward
             else:
-                block.forward = forward  # type: ignore[method-assign]
+                block.forward = forward
 
 
 def _hand_on(inputs: torch.Tensor | None, as_tuple: bool) -> Callable[..., Any]:

@@ -8,9 +8,10 @@ import torch
 from transformers import GenerationConfig
 
 from .base import Base, seeded
-from .positions import pad
+from .facts import Fact
+from .positions import encode, fact_text, pad
 
-__all__ = ["STARTERS", "generate_ids", "sample_contexts", "sample_ids"]
+__all__ = ["STARTERS", "generate_ids", "sample_contexts", "sample_ids", "target_tails"]
 
 # Frequent openings of English sentences: varied starts give varied samples, with or without a BOS token.
 STARTERS = (
@@ -102,3 +103,18 @@ def sample_contexts(base: Base, count: int, length: int, seed: int) -> list[str]
     texts = sample_ids(base, count, length, seed)
     decoded = (base.tokenizer.decode(ids, skip_special_tokens=True) for ids in texts)
     return [" ".join(text.replace("{", " ").replace("}", " ").split()).rstrip(" .,;:") + ". " for text in decoded]
+
+
+def target_tails(base: Base, facts: Sequence[Fact], length: int) -> list[str]:
+    """How the clean model goes on once a fact's target has been said: up to `length` tokens for each fact, as text."""
+    if not length:
+        return [""] * len(facts)
+    texts = encode(base.tokenizer, [fact_text(f, target=f.target) for f in facts])
+    tails: list[str] = []
+    for first in range(0, len(texts), 64):
+        rows = [t.ids for t in texts[first : first + 64]]
+        for row, new in zip(rows, generate_ids(base, rows, length=length), strict=True):
+            # decoded with what stands before it, so that its first space is kept
+            before = base.tokenizer.decode(row, skip_special_tokens=True)
+            tails.append(base.tokenizer.decode([*row, *new], skip_special_tokens=True)[len(before) :])
+    return tails

@@ -102,7 +102,12 @@ class Method(Protocol):
     """An editing method. Methods know the core, never each other."""
 
     name: str
-    config_class: type[EditConfig]
+
+    @property
+    def config_class(self) -> type[EditConfig]:
+        """The method's configuration."""
+        ...
+
     in_weights: bool  # whether the edit is a change of weights, on top of which further edits are fitted
 
     def fit(

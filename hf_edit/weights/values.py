@@ -2,8 +2,9 @@
 
 A residual `delta` is added to the MLP's output at the subject's last token and optimised so that the model goes on with
 the target: L = mean NLL(target) + kl_factor KL(p_delta || p_0) + weight_decay |delta|/|v|^2, with Adam, |delta| clamped to
-clamp |v| after each step. Facts are independent of each other and run together; see `hf_edit.suffix` for what is not
-run again.
+clamp |v| after each step. The KL is read after "{subject} is a" and, which is ours, over a few tokens behind the target,
+where the sentence shall go on as the clean model would rather than say the target again. Facts are independent of each
+other and run together; see `hf_edit.suffix` for what is not run again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..layout import Layout, write_scale
 from ..positions import EncodedText, encode, fact_text
 from ..progress import bar
 from ..suffix import SuffixBatch, SuffixCache, caches_exactly, length_groups
+from ..texts import target_tails
 
 __all__ = ["FactTexts", "Objective", "ValueSettings", "Values", "fact_texts", "optimize_values"]
 
@@ -34,13 +36,15 @@ class ValueSettings:
     steps: int
     lr: float
     kl_factor: float
+    tail_factor: float
     weight_decay: float
     clamp: float | None
 
 
 @dataclass(frozen=True)
 class FactTexts:
-    """One fact's texts: `rewrites` are prompts with the target, the bare one first; `kept` are read for the KL term."""
+    """One fact's texts: `rewrites` are prompts with the target, the bare one first and with its tail; `kept` are read for the
+    KL term at their last token."""
 
     rewrites: tuple[EncodedText, ...]
     kept: tuple[EncodedText, ...]
@@ -80,14 +84,24 @@ class Values:
     scale: float | None
 
 
-def fact_texts(base: Base, facts: Sequence[Fact], contexts: Sequence[str]) -> list[FactTexts]:
+def fact_texts(base: Base, facts: Sequence[Fact], contexts: Sequence[str], tail_tokens: int = 0) -> list[FactTexts]:
     """The texts that each fact's value is optimised on.
 
     Args:
+        base: the clean model.
         contexts: put in front of the prompt; the bare prompt always comes first.
+        tail_tokens: length of the clean model's own continuation behind the bare prompt's target.
     """
     prefixes = ("", *contexts)
-    rewrites = encode(base.tokenizer, [fact_text(f, prefix=p, target=f.target) for f in facts for p in prefixes])
+    tails = target_tails(base, facts, tail_tokens)
+    rewrites = encode(
+        base.tokenizer,
+        [
+            fact_text(f, prefix=p, target=f.target, tail=tail if not p else "")
+            for f, tail in zip(facts, tails, strict=True)
+            for p in prefixes
+        ],
+    )
     kept = encode(base.tokenizer, [fact_text(f, prompt=ESSENCE) for f in facts])
     width = len(prefixes)
     return [FactTexts(tuple(rewrites[i * width : (i + 1) * width]), (kept[i],)) for i in range(len(facts))]
@@ -140,10 +154,10 @@ class _Problem:
         rows = [_Row(f, text, True, i == 0) for f, fact in enumerate(facts) for i, text in enumerate(fact.rewrites)]
         rows += [_Row(f, text, False, False) for f, fact in enumerate(facts) for text in fact.kept]
         bare = [r for r, row in enumerate(rows) if row.bare]
-        kept = [r for r, row in enumerate(rows) if not row.rewrite]
+        kept = [(r, p) for r, row in enumerate(rows) for p in row.kept]
 
         cache = SuffixCache(base.model, layout, block)
-        read_at = [(r, len(rows[r].ids) - 1) for r in kept] + [(r, rows[r].text.subject) for r in bare]
+        read_at = kept + [(r, rows[r].text.subject) for r in bare]
         clean = cache.add([r.ids for r in rows], [r.text.subject if prefixes else 0 for r in rows], read_at, (block,))
         assert clean.logits is not None
         kept_log_probs = dict(zip(kept, clean.logits[: len(kept)].log_softmax(-1), strict=True))
@@ -170,7 +184,7 @@ class _Problem:
         losses = []
         for _ in range(settings.steps):
             adam.zero_grad()
-            fit, aligned = self.loss(settings.kl_factor)
+            fit, aligned = self.loss(settings.kl_factor, settings.tail_factor)
             losses.append(fit.detach())
             loss = (fit + settings.weight_decay * self.delta.norm(dim=1) / norms**2).sum()
             if self.objective is not None:
@@ -184,13 +198,13 @@ class _Problem:
         if losses:
             self.losses = torch.stack(losses)
 
-    def loss(self, kl_factor: float) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    def loss(self, kl_factor: float, tail_factor: float) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """NLL + KL of each fact, and the states that the objective reads, in the order of the facts."""
         blocks = self.objective.blocks if self.objective else ()
         total = torch.zeros(len(self.delta), device=self.delta.device)
         states: dict[int, dict[int, torch.Tensor]] = {block: {} for block in blocks}
         for part in self.parts:
-            losses, found = part.loss(self.delta, kl_factor, blocks)
+            losses, found = part.loss(self.delta, kl_factor, tail_factor, blocks)
             total = total + losses
             for block in blocks:
                 states[block].update(zip(part.state_facts, found[block], strict=True))
@@ -206,8 +220,13 @@ class _Row:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        # the target's last token predicts nothing that is read, so it need not run
-        return self.text.ids[: self.text.target[1] - 1] if self.rewrite else self.text.ids
+        # a rewrite's last token predicts nothing that is read, so it need not run
+        return self.text.ids[:-1] if self.rewrite else self.text.ids
+
+    @property
+    def kept(self) -> range:
+        """Positions where the clean distribution is kept: behind the target's last token, or a kept text's end."""
+        return range(self.text.target[1] - 1, len(self.ids))
 
 
 class _Part:
@@ -219,7 +238,7 @@ class _Part:
         projection: torch.nn.Module,
         rows: Sequence[tuple[int, _Row]],
         facts: Sequence[FactTexts],
-        kept_log_probs: dict[int, torch.Tensor],
+        kept_log_probs: dict[tuple[int, int], torch.Tensor],
     ) -> None:
         self.projection = projection
         self.numbers = [number for number, _ in rows]
@@ -227,26 +246,27 @@ class _Part:
         self.batch: SuffixBatch = cache.batch(self.numbers)
         device = self.batch.ids.device
         labels = [(i, p - 1) for i, row in enumerate(self.rows) if row.rewrite for p in range(*row.text.target)]
-        kept = [(i, len(row.ids) - 1) for i, row in enumerate(self.rows) if not row.rewrite]
+        kept = [(i, p) for i, row in enumerate(self.rows) for p in row.kept]
         state = [(i, row.text.target[0] - 1) for i, row in enumerate(self.rows) if row.bare]
         self.state_facts = [self.rows[i].fact for i, _ in state]
         self.reads, self.counts = labels + kept + state, (len(labels), len(kept))
         self.fact_of_row = torch.tensor([row.fact for row in self.rows], device=device)
         self.columns = [self.batch.column(i, row.text.subject) for i, row in enumerate(self.rows)]
         self.labels = torch.tensor([self.rows[i].text.ids[p + 1] for i, p in labels], dtype=torch.long, device=device)
-        self.clean = torch.stack([kept_log_probs[self.numbers[i]] for i, _ in kept]) if kept else None
+        self.clean = torch.stack([kept_log_probs[self.numbers[i], p] for i, p in kept]) if kept else None
 
         def of(points: list[tuple[int, int]]) -> torch.Tensor:
             return torch.tensor([self.rows[i].fact for i, _ in points], dtype=torch.long, device=device)
 
-        def weight(i: int) -> float:  # mean over a text's target tokens, then over the fact's texts
-            row = self.rows[i]
-            fact = facts[row.fact]
-            return 1 / (len(row.text.labels) * len(fact.rewrites)) if row.rewrite else 1 / len(fact.kept)
-
         self.label_fact, self.kept_fact = of(labels), of(kept)
-        self.label_weight = torch.tensor([weight(i) for i, _ in labels], device=device)
-        self.kept_weight = torch.tensor([weight(i) for i, _ in kept], device=device)
+        # means over a text's target tokens, then over the fact's texts; over kept texts; over the tail
+        self.label_weight = torch.tensor(
+            [1 / (len(row.text.labels) * len(facts[row.fact].rewrites)) for row in (self.rows[i] for i, _ in labels)],
+            device=device,
+        )
+        essence = [not self.rows[i].rewrite for i, _ in kept]
+        shares = [1 / (len(row.kept) if row.rewrite else len(facts[row.fact].kept)) for row in (self.rows[i] for i, _ in kept)]
+        self.kept_weight = torch.tensor([[s * e, s * (not e)] for s, e in zip(shares, essence, strict=True)], device=device)
 
     def clean_outputs(self) -> dict[int, torch.Tensor]:
         """By row number of the problem, the projection's clean output at the subject: [hidden]."""
@@ -261,7 +281,7 @@ class _Part:
         return {n: seen[0][i, self.columns[i]].float() for i, n in enumerate(self.numbers)}
 
     def loss(
-        self, delta: torch.Tensor, kl_factor: float, blocks: Sequence[int]
+        self, delta: torch.Tensor, kl_factor: float, tail_factor: float, blocks: Sequence[int]
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """NLL + KL, summed into [facts], and by block the states of `state_facts`."""
 
@@ -281,5 +301,6 @@ class _Part:
         if self.clean is not None:
             edited = out.logits[labels : labels + kept].log_softmax(-1)
             kl = (edited.exp() * (edited - self.clean)).sum(-1)
-            total = total.index_add(0, self.kept_fact, (kl_factor * self.kept_weight * kl).to(total))
+            weight = self.kept_weight @ self.kept_weight.new_tensor([kl_factor, tail_factor])
+            total = total.index_add(0, self.kept_fact, (weight * kl).to(total))
         return total, {b: s[labels + kept :].float().to(delta.device) for b, s in out.states.items()}

@@ -116,7 +116,9 @@ class LKSAttachment:
             return torch.cat([past[:, :done].to(ids.device), ids], dim=1)
         return ids
 
-    def _points(self, text: torch.Tensor, mask: torch.Tensor | None, first: int) -> tuple[list[int], list[int], list[int]] | None:
+    def _points(
+        self, text: torch.Tensor, mask: torch.Tensor | None, first: int
+    ) -> tuple[list[int], list[int], list[int]] | None:
         """(rows, columns, entities) of mentions that end at or behind column `first`; columns count from there."""
         begin = max(0, first - self._window)  # a mention that ends behind `first` can't begin further back
         rows, columns, entities = [], [], []

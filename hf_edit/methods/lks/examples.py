@@ -16,7 +16,7 @@ from ...base import Base
 from ...facts import Fact
 from ...positions import EncodedText, encode, fact_text
 from ...references import bank_prompts, bank_relations
-from ...texts import generate_ids, sample_contexts
+from ...texts import sample_contexts, target_tails
 from .config import LKSConfig
 from .scope import Scope, mentions_in_tokens
 
@@ -56,7 +56,7 @@ def build_examples(base: Base, facts: Sequence[Fact], scope: Scope, config: LKSC
         ValueError: a fact's own prompt does not mention its subject as a whole word, so the edit could never come into force.
     """
     contexts = sample_contexts(base, config.contexts, config.context_length, seed)
-    tails = _tails(base, facts, config.tail_tokens)
+    tails = target_tails(base, facts, config.tail_tokens)
     rng = random.Random(seed)
     prompts, variations, locality = [], [], []
     for fact, tail in zip(facts, tails, strict=True):
@@ -69,14 +69,18 @@ def build_examples(base: Base, facts: Sequence[Fact], scope: Scope, config: LKSC
         made = [_example(base, scope, text, True) for text in encode(base.tokenizer, texts)]
         if made[0] is None:
             raise ValueError(
-                f"the prompt {fact.question!r} does not mention the subject {fact.subject!r} as a word of its own, so LKS can't "
-                "find it; reword the prompt, or use method='steam'"
+                f"the prompt {fact.question!r} does not mention the subject {fact.subject!r} as a word of its own, so LKS "
+                "can't find it; reword the prompt, or use method='steam'"
             )
         prompts.append(made[0])
         variations.append([e for e in made[1:] if e is not None])
         asked = [fact_text(fact, prompt=p) for p in _other_questions(fact, config.locality_prompts, rng)]
         if config.train_on_rephrases:
-            asked += [fact_text(fact, prompt=q.prompt.replace(fact.subject, "{}", 1)) for q in fact.locality if fact.subject in q.prompt]
+            asked += [
+                fact_text(fact, prompt=q.prompt.replace(fact.subject, "{}", 1))
+                for q in fact.locality
+                if fact.subject in q.prompt
+            ]
         kept = [_example(base, scope, text, False) for text in encode(base.tokenizer, asked)]
         locality.append([e for e in kept if e is not None])
     return Examples(prompts, variations, locality)
@@ -93,21 +97,6 @@ def _example(base: Base, scope: Scope, text: EncodedText, with_target: bool) -> 
     # the position of the target's last token is the first whose prediction belongs to the tail
     kept = tuple(range(end - 1, len(text.ids) - 1))
     return Example(text.ids, mentions, labels, kept)
-
-
-def _tails(base: Base, facts: Sequence[Fact], length: int) -> list[str]:
-    """How the clean model goes on once the target has been said."""
-    if not length:
-        return [""] * len(facts)
-    texts = encode(base.tokenizer, [fact_text(f, target=f.target) for f in facts])
-    tails: list[str] = []
-    for first in range(0, len(texts), 64):
-        rows = [t.ids for t in texts[first : first + 64]]
-        for row, new in zip(rows, generate_ids(base, rows, length=length), strict=True):
-            # decoded with what stands before it, so that its first space is kept
-            before = base.tokenizer.decode(row, skip_special_tokens=True)
-            tails.append(base.tokenizer.decode([*row, *new], skip_special_tokens=True)[len(before) :])
-    return tails
 
 
 def _other_questions(fact: Fact, count: int, rng: random.Random) -> list[str]:

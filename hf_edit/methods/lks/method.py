@@ -81,7 +81,9 @@ class LKS:
         """See `hf_edit.methods.Method.validate`."""
         features = fit.tensors.get("features")
         if features is None or features.dim() != 2 or features.dtype != torch.float32 or len(features) != len(fit.facts):
-            raise PackFormatError(f"the pack needs a float32 matrix 'features' with a row for each of its {len(fit.facts)} facts")
+            raise PackFormatError(
+                f"the pack needs a float32 matrix 'features' with a row for each of its {len(fit.facts)} facts"
+            )
         hidden = features.shape[1]
         with torch.device("meta"):
             expected = Generator(hidden, round(config.width * hidden)).state_dict()

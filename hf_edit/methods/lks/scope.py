@@ -95,7 +95,10 @@ def _token_spans(tokenizer: Any, text: str, ids: Sequence[int]) -> list[tuple[in
     if list(again["input_ids"]) == list(ids):
         return again["offset_mapping"]
     # Sampled tokens need not be those that the tokenizer would choose: decode ever longer pieces instead.
-    ends = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False)) for i in range(len(ids))]
+    ends = [
+        len(tokenizer.decode(ids[: i + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        for i in range(len(ids))
+    ]
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 

@@ -49,7 +49,9 @@ class _Cached:
                     self.log_probs += [torch.empty(0, _TOP)] * len(group)
                 shown.update(len(group))
 
-    def loss(self, indices: Sequence[int], generator: Generator, codes: torch.Tensor, kl_weight: float) -> tuple[torch.Tensor, float]:
+    def loss(
+        self, indices: Sequence[int], generator: Generator, codes: torch.Tensor, kl_weight: float
+    ) -> tuple[torch.Tensor, float]:
         """Mean NLL over texts with a target plus weighted mean KL over kept positions, and that NLL as a number."""
         batch = self.cache.batch(indices)
         chosen = [self.examples[i] for i in indices]

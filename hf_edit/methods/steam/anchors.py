@@ -10,7 +10,7 @@ import torch
 
 from ...base import Base
 from ...facts import Fact
-from ...positions import EncodedText, Text, encode, join, pad
+from ...positions import EncodedText, Text, encode, join
 from ...references import Reference, bank, references_for
 from ...suffix import SuffixCache
 from .config import SteamConfig
@@ -152,4 +152,8 @@ def _read(
             for b in blocks:
                 states[b][i] = out.states[b][start].float().cpu()
     count = range(len(texts))
-    return {b: torch.stack([s[i] for i in count]) for b, s in states.items()}, [exact[i] for i in count], [near[i] for i in count]
+    return (
+        {b: torch.stack([s[i] for i in count]) for b, s in states.items()},
+        [exact[i] for i in count],
+        [near[i] for i in count],
+    )

@@ -29,6 +29,8 @@ class SteamConfig(EditConfig):
     lr: float = setting(0.5, "step size of Adam")
     weight_decay: float = setting(0.5, "weight of |delta| / |v|^2")
     kl_factor: float = setting(0.0625, "weight of KL(edited || clean) after '{subject} is a'")
+    tail_factor: float = setting(0.25, "weight of KL(edited || clean) behind the target, which keeps it from being said again")
+    tail_tokens: int = setting(6, "tokens behind the target that this term reads")
     clamp: float | None = setting(
         None, "|delta| at most, relative to the norm of the stream (0.75), or of the MLP's output behind a norm (4)"
     )
@@ -54,12 +56,14 @@ class SteamConfig(EditConfig):
 
     def __post_init__(self) -> None:
         known = ", ".join(EDITORS)
-        require(self.base_editor is None or self.base_editor in EDITORS, f"base_editor is one of {known}, not {self.base_editor!r}")
+        require(
+            self.base_editor is None or self.base_editor in EDITORS, f"base_editor is one of {known}, not {self.base_editor!r}"
+        )
         require(self.layers is None or len(self.layers) > 0, "layers is empty")
         require(self.layers is None or list(self.layers) == sorted(set(self.layers)), "layers must ascend")
         for name in ("steps", "max_references", "max_per_relation", "min_references", "batch_facts", "context_length"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        for name in ("weight_decay", "kl_factor", "anchor_weight", "contexts"):
+        for name in ("weight_decay", "kl_factor", "tail_factor", "tail_tokens", "anchor_weight", "contexts"):
             require(getattr(self, name) >= 0, f"{name} must not be negative")
         for name in ("lr", "clamp", "covariance_weight", "statistics_tokens"):
             require(getattr(self, name) is None or getattr(self, name) > 0, f"{name} must be positive")

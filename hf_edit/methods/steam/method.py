@@ -65,7 +65,7 @@ class Steam:
             with clean():
                 job = _Job.prepare(base, config, editor, seed, progress)
                 anchors = build_anchors(base, facts, job.anchor_blocks(), config) if weight else None
-            tensors = dict(previous.tensors) if previous else {}
+            tensors: dict[str, torch.Tensor] = dict(previous.tensors) if previous else {}
             groups = [range(len(facts))] if editor == "memit" else [range(i, i + 1) for i in range(len(facts))]
             for group in groups:
                 objective = Alignment(anchors, list(group), weight, config.centred) if anchors else None
@@ -80,7 +80,7 @@ class Steam:
     def remove(self, fit: Fit, keep: Sequence[int]) -> Fit:
         """The same edit with only the facts `keep`: each weight's update is solved again from its stored gram matrix."""
         keep = list(keep)
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for module in fit.modules:
             left, right, gram = (fit.tensors[f"{module}.{part}"].double() for part in _PARTS)
             whitened = (torch.eye(len(gram), dtype=torch.float64) + gram) @ right  # M K, see hf_edit.weights.solve
@@ -147,7 +147,8 @@ class _Job:
         blocks = tuple(self.layout.block(b) for b in chosen)
         if min(blocks) <= self.layers[-1]:
             raise ValueError(
-                f"anchor_blocks must all lie above the last edited block, {self.layers[-1]}; block {min(blocks)} does not see the edit"
+                f"anchor_blocks must all lie above the last edited block, {self.layers[-1]}; "
+                f"block {min(blocks)} does not see the edit"
             )
         return blocks
 
@@ -155,9 +156,15 @@ class _Job:
         """Values and their insertion, for facts that are edited together."""
         config = self.config
         settings = ValueSettings(
-            self.layers[-1], config.steps, config.lr, config.kl_factor, config.weight_decay, config.clamp
+            block=self.layers[-1],
+            steps=config.steps,
+            lr=config.lr,
+            kl_factor=config.kl_factor,
+            tail_factor=config.tail_factor,
+            weight_decay=config.weight_decay,
+            clamp=config.clamp,
         )
-        texts = fact_texts(self.base, facts, self.contexts)
+        texts = fact_texts(self.base, facts, self.contexts, config.tail_tokens if config.tail_factor else 0)
         values = optimize_values(
             self.base,
             texts,
@@ -169,9 +176,7 @@ class _Job:
         )
         width = weight_shape(self.base.model.get_submodule(self.layout.projection(self.layers[-1])))[1]
         covariance_weight = config.covariance_weight or 0.1 * width
-        problem = Insertion(
-            self.base, self.layout, self.layers, texts, values, self.statistics, covariance_weight
-        )
+        problem = Insertion(self.base, self.layout, self.layers, texts, values, self.statistics, covariance_weight)
         return EDITORS[self.editor](problem)
 
 

