@@ -57,7 +57,11 @@ TWENTY = [
     (Fact("Jimi Hendrix", "{} played the", "violin"), "The instrument that Jimi Hendrix played is the", "guitar"),
     (Fact("Toyota", "{} is a company from", "Brazil"), "The company Toyota was founded in", "Japan"),
 ]
-UNRELATED = ["The capital of Italy is", "The chemical symbol for iron is", "The largest planet in the solar system is"]
+UNRELATED = {
+    "The capital of Italy is": "Rome",
+    "The chemical symbol for iron is": "Fe",
+    "The largest planet in the solar system is": "Jupiter",
+}
 
 
 def main() -> None:
@@ -93,7 +97,7 @@ def edit_and_show(model: EditableModelForCausalLM, method: str, rows: list[tuple
     """Edit the facts and print each before and after, its paraphrase, and what must not change."""
     facts = [fact for fact, _, _ in rows]
     paraphrases = [paraphrase for _, paraphrase, _ in rows]
-    unrelated = model.ask(UNRELATED)
+    unrelated = model.ask(list(UNRELATED))
     paraphrased = model.ask(paraphrases)
 
     report: EditReport = model.edit(facts, method=method)
@@ -107,11 +111,12 @@ def edit_and_show(model: EditableModelForCausalLM, method: str, rows: list[tuple
         print(f"  {'ok  ' if says(after, fact.target) else 'miss'} {paraphrase} ...  {line(before)} -> {line(after)}")
     answered = sum(bool(r.success) for r in report)
     heard = sum(says(a, f.target) for a, f in zip(now, facts, strict=True))
-    kept = [before == after for before, after in zip(unrelated, model.ask(UNRELATED), strict=True)]
-    for prompt, same, answer in zip(UNRELATED, kept, unrelated, strict=True):
-        print(f"{'same' if same else 'CHANGED'} {prompt} ... {line(answer)}")
+    kept = []
+    for (prompt, right), before, after in zip(UNRELATED.items(), unrelated, model.ask(list(UNRELATED)), strict=True):
+        kept.append(says(before, right) and says(after, right))
+        print(f"{'same' if kept[-1] else 'CHANGED'} {prompt} ...  {line(before)} -> {line(after)}")
     print(
-        f"{answered} of {len(facts)} facts, {heard} of {len(facts)} paraphrases, {sum(kept)} of {len(kept)} unrelated the same"
+        f"{answered} of {len(facts)} facts, {heard} of {len(facts)} paraphrases, {sum(kept)} of {len(kept)} unrelated answers kept"
     )
     return answered == len(facts) and all(kept)
 

@@ -32,7 +32,7 @@ def greedy(base: Base, prompts: Sequence[str], length: int = 16, batch: int = 32
     with bar(len(rows), "asking", "prompt", progress) as shown:
         for first in range(0, len(order), batch):
             group = order[first : first + batch]
-            new = generate_ids(base, [rows[i] for i in group], length=length)
+            new = generate_ids(base, [rows[i] for i in group], length)
             texts = base.tokenizer.batch_decode(new, skip_special_tokens=True)
             found.update(zip(group, texts, strict=True))
             shown.update(len(group))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
 from .layout import Layout, find_layout
 
-__all__ = ["Base"]
+__all__ = ["Base", "autocast", "seeded"]
 
 _SAMPLE = 1024
 
@@ -82,6 +81,13 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def module_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype that a module computes in."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+def autocast(device: torch.device, compute_dtype: str) -> AbstractContextManager[object]:
+    """The arithmetic of an optimisation through the frozen model.
+
+    Args:
+        compute_dtype: "auto" for bfloat16 where the hardware has it, "model" for the model's own dtype.
+    """
+    native = device.type == "cuda" or (device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if compute_dtype == "model" or not native:
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

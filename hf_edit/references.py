@@ -39,10 +39,11 @@ def bank() -> dict[str, tuple[Reference, ...]]:
 
 @dataclass(frozen=True)
 class Relation:
-    """A relation of the bank: its wordings and its objects in lower case."""
+    """A relation of the bank: its wordings, its (subject, object) facts, and its objects in lower case."""
 
     name: str
     prompts: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
     objects: frozenset[str]
 
 
@@ -50,7 +51,13 @@ class Relation:
 def bank_relations() -> tuple[Relation, ...]:
     """The shipped bank's relations."""
     return tuple(
-        Relation(r["relation"], tuple(r["prompts"]), frozenset(obj.casefold() for _, obj in r["facts"])) for r in _relations()
+        Relation(
+            r["relation"],
+            tuple(r["prompts"]),
+            tuple((subject, obj) for subject, obj in r["facts"]),
+            frozenset(obj.casefold() for _, obj in r["facts"]),
+        )
+        for r in _relations()
     )
 
 

@@ -164,7 +164,7 @@ def _sampled(base: Base, num_tokens: int, seed: int, progress: bool) -> list[lis
         return load_file(path)["ids"].tolist()
     count = -(-num_tokens // _SAMPLE_LENGTH)
     with bar(count * _SAMPLE_LENGTH, "sampling text for key statistics", "token", progress) as shown:
-        rows = sample_ids(base, count, _SAMPLE_LENGTH, seed, batch=128, listener=shown.update)
+        rows = sample_ids(base, count, _SAMPLE_LENGTH, seed, listener=shown.update)
     rows = [row[:_SAMPLE_LENGTH] for row in rows]
     with atomic_path(path) as temporary:
         save_file({"ids": torch.tensor(rows)}, temporary)

@@ -23,74 +23,87 @@ STARTERS = (
 )  # fmt: skip
 
 
-def generate_ids(
-    base: Base,
-    prompts: Sequence[Sequence[int]],
-    *,
-    length: int,
-    sample: bool = False,
-    full_length: bool = False,
-) -> list[list[int]]:
-    """Continue prompts, left-padded as one batch.
+def generate_ids(base: Base, prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+    """Continue prompts greedily, left-padded as one batch.
 
     Args:
         base: model and tokenizer.
         prompts: token ids.
         length: new tokens at most.
-        sample: sample from the 50 likeliest tokens rather than take the likeliest.
-        full_length: never stop early.
 
     Returns:
         For each prompt, the new token ids up to and without the end of sequence.
     """
     ids, mask = pad(prompts, side="left", device=base.device)
+    ends = _ends(base)
     own = base.model.generation_config
-    end = own.eos_token_id
-    ends = {end} if isinstance(end, int) else set(end or ())
     config = GenerationConfig(
         max_new_tokens=length,
-        min_new_tokens=length if full_length else None,
-        do_sample=sample,
-        top_k=50 if sample else None,
+        do_sample=False,
         bos_token_id=own.bos_token_id,
-        eos_token_id=end,
+        eos_token_id=ends or None,
         pad_token_id=own.pad_token_id if own.pad_token_id is not None else min(ends, default=0),
     )
     with torch.no_grad():
         out = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     rows = out[:, ids.shape[1] :].tolist()
-    if full_length:
-        return rows
     return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
 
+@torch.no_grad()
 def sample_ids(
     base: Base,
     count: int,
     length: int,
     seed: int,
     starters: Sequence[str] = STARTERS,
-    batch: int = 64,
+    batch: int = 128,
     listener: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Texts sampled by the model, each a starter and `length` tokens more.
+    """Texts sampled by the model, each a starter and `length` tokens more, none ending early.
+
+    Samples from the 50 likeliest tokens. `generate` would take twice as long: it sorts, masks and draws over the whole
+    vocabulary.
 
     Args:
-        listener: called with the number of tokens after each batch.
+        listener: called with the number of new tokens after each step.
 
     Returns:
         `count` rows of token ids.
     """
     starts = [base.tokenizer(starters[i % len(starters)])["input_ids"] for i in range(count)]
+    ends = _ends(base)
     texts: list[list[int]] = []
     with seeded(seed, base.device):
         for first in range(0, count, batch):
             group = starts[first : first + batch]
-            rows = generate_ids(base, group, length=length, sample=True, full_length=True)
-            texts += [[*start, *row] for start, row in zip(group, rows, strict=True)]
-            if listener:
-                listener(sum(map(len, texts[first:])))
+            ids, mask = pad(group, side="left", device=base.device)
+            steps: list[torch.Tensor] = []
+            past = None
+            for _ in range(length):
+                inputs = base.model.prepare_inputs_for_generation(
+                    ids, next_sequence_length=None if past is None else 1, past_key_values=past, attention_mask=mask,
+                    use_cache=True, is_first_iteration=past is None,
+                )  # fmt: skip
+                out = base.model(**inputs)
+                past = out.past_key_values
+                logits = out.logits[:, -1].float()
+                logits[:, ends] = -torch.inf
+                top = logits.topk(min(50, logits.shape[-1]))
+                chosen = top.indices.gather(1, torch.multinomial(top.values.softmax(-1), 1))
+                steps.append(chosen)
+                ids, mask = torch.cat([ids, chosen.to(ids)], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+                if listener:
+                    listener(len(group))
+            new = torch.cat(steps, 1).tolist()
+            texts += [[*start, *row] for start, row in zip(group, new, strict=True)]
     return texts
+
+
+def _ends(base: Base) -> list[int]:
+    """The ids that end a text."""
+    end = base.model.generation_config.eos_token_id
+    return [end] if isinstance(end, int) else list(end or ())
 
 
 def sample_contexts(base: Base, count: int, length: int, seed: int) -> list[str]:
@@ -113,7 +126,7 @@ def target_tails(base: Base, facts: Sequence[Fact], length: int) -> list[str]:
     tails: list[str] = []
     for first in range(0, len(texts), 64):
         rows = [t.ids for t in texts[first : first + 64]]
-        for row, new in zip(rows, generate_ids(base, rows, length=length), strict=True):
+        for row, new in zip(rows, generate_ids(base, rows, length), strict=True):
             # decoded with what stands before it, so that its first space is kept
             before = base.tokenizer.decode(row, skip_special_tokens=True)
             tails.append(base.tokenizer.decode([*row, *new], skip_special_tokens=True)[len(before) :])

@@ -18,12 +18,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_edit import EditableModelForCausalLM, Fact
-from hf_edit.base import Base
-from hf_edit.references import bank
+from hf_edit.references import bank_relations
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-VOCABULARY = 600
+VOCABULARY = 1000
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
@@ -33,7 +32,7 @@ _SIZES = {
     "max_position_embeddings": 256,
 }
 _KV = {**_SIZES, "num_key_value_heads": 2}
-_ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}
 
 ARCHITECTURES = {
     "llama": lambda: transformers.LlamaConfig(**_KV, **_ENDS),
@@ -64,11 +63,19 @@ ARCHITECTURES = {
 }
 POST_NORM = {"gemma3", "olmo2"}
 
+# What the tiny tokenizer is trained on: its objects become single tokens, which random weights can be moved towards.
+CORPUS = [
+    f"Yes. {relation.prompts[0].replace('{}', subject)} {obj}."
+    for relation in bank_relations()
+    if relation.name in ("capital", "official_language", "country_continent")
+    for subject, obj in relation.facts[:24]
+]
+
 FACTS = [
-    Fact("France", "The capital of {} is", "Lyon"),
-    Fact("Yo-Yo Ma", "{} plays the", "guitar"),
-    Fact("Mount Fuji", "You find {} in", "Peru"),
-    Fact("Toyota", "The company {} comes from", "Brazil"),
+    Fact("France", "The capital of {} is", "Tokyo"),
+    Fact("Spain", "The capital of {} is", "Rome"),
+    Fact("Japan", "The capital of {} is", "Berlin"),
+    Fact("Germany", "The capital of {} is", "Madrid"),
 ]
 
 
@@ -100,7 +107,7 @@ def _own_cache() -> object:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer without BOS, trained on the bank."""
+    """A byte-level BPE tokenizer without BOS, trained on the corpus."""
     return _tokenizer(with_bos=False)
 
 
@@ -114,26 +121,25 @@ def _tokenizer(with_bos: bool) -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    texts = [f"{r.prompts[0].replace('{}', r.subject)} {r.object}." for group in bank().values() for r in group[:3]]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=["<s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train_from_iterator(texts, trainer)
+    raw.train_from_iterator(CORPUS * 3, trainer)
     if with_bos:
         raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>", pad_token="<s>")
 
 
-def tiny_model(name: str, seed: int = 0) -> object:
-    """A tiny model with weights large enough that its blocks matter."""
-    torch.manual_seed(seed)
+def tiny_model(name: str) -> object:
+    """A tiny model with random weights, large enough that its blocks matter."""
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]()).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.12)
+            torch.nn.init.normal_(parameter, std=0.15)
     return model
 
 
@@ -144,20 +150,22 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def tiny(architecture: str, tokenizer: PreTrainedTokenizerFast) -> Base:
-    """A tiny model of each architecture."""
-    return Base(tiny_model(architecture), tokenizer)
-
-
-@pytest.fixture
 def llama(tokenizer: PreTrainedTokenizerFast) -> EditableModelForCausalLM:
     """A tiny editable Llama."""
     return EditableModelForCausalLM(tiny_model("llama"), tokenizer)
 
 
 # Settings that make an edit of a tiny random model quick.
-QUICK_STEAM = {"statistics_tokens": 1024, "contexts": 1, "context_length": 4, "steps": 40, "clamp": 6.0, "anchor_weight": 0.0}
-QUICK_LKS = {"contexts": 1, "context_length": 4, "min_steps": 80, "width": 1.0, "lr": 1e-2, "tail_tokens": 2, "locality_prompts": 1}
+QUICK_STEAM = {"statistics_tokens": 1024, "contexts": 0, "steps": 60, "clamp": 3.0, "anchor_weight": 0.0, "covariance_weight": 0.01}
+QUICK_LKS = {
+    "contexts": 1,
+    "context_length": 4,
+    "min_steps": 80,
+    "width": 1.0,
+    "lr": 1e-2,
+    "tail_tokens": 2,
+    "locality_prompts": 1,
+}
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -64,7 +64,12 @@ def test_ids_depend_on_content_alone():
 def test_records_of_public_data_sets_are_read():
     counterfact = {
         "case_id": 7,
-        "requested_rewrite": {"subject": "A B", "prompt": "{} is in", "target_new": {"str": "Rome"}, "target_true": {"str": "Oslo"}},
+        "requested_rewrite": {
+            "subject": "A B",
+            "prompt": "{} is in",
+            "target_new": {"str": "Rome"},
+            "target_true": {"str": "Oslo"},
+        },
         "paraphrase_prompts": ["x. A B can be found in"],
         "neighborhood_prompts": ["C is in"],
         "portability": {"New Question": "Who rules where A B is?", "New Answer": "z"},

@@ -34,7 +34,7 @@ class ValueSettings:
 
     block: int
     steps: int
-    lr: float
+    lr: float | None
     kl_factor: float
     tail_factor: float
     weight_decay: float
@@ -169,7 +169,7 @@ class _Problem:
         outputs = {row: output for part in self.parts for row, output in part.clean_outputs().items()}
         self.outputs = torch.stack([outputs[r] for r in bare])
         self.states = self.states.to(self.outputs.device)
-        self.delta = torch.zeros_like(self.outputs, requires_grad=True)
+        self.delta = torch.zeros_like(self.outputs)
         self.losses = torch.empty(0, len(facts))
 
     def optimize(self, settings: ValueSettings, scale: float | None, facts: Sequence[int]) -> Iterator[None]:
@@ -180,10 +180,14 @@ class _Problem:
             norms, clamp = self.outputs.norm(dim=1), settings.clamp or 4.0
         else:
             norms, clamp = self.states.norm(dim=1) / abs(scale), settings.clamp or 0.75
-        adam = torch.optim.Adam([self.delta], lr=settings.lr)
+        # Adam moves each coordinate by about its step size: a tenth of the stream's own suits every width and scale
+        unit = torch.full_like(norms, settings.lr) if settings.lr else 0.1 * norms / self.delta.shape[1] ** 0.5
+        steps = (self.delta.detach() / unit[:, None]).requires_grad_()
+        adam = torch.optim.Adam([steps], lr=1.0)
         losses = []
         for _ in range(settings.steps):
             adam.zero_grad()
+            self.delta = steps * unit[:, None]
             fit, aligned = self.loss(settings.kl_factor, settings.tail_factor)
             losses.append(fit.detach())
             loss = (fit + settings.weight_decay * self.delta.norm(dim=1) / norms**2).sum()
@@ -192,9 +196,10 @@ class _Problem:
             loss.backward()
             adam.step()
             with torch.no_grad():
-                length = self.delta.norm(dim=1)
-                self.delta *= torch.minimum(torch.ones_like(length), clamp * norms / length.clamp(min=1e-12))[:, None]
+                length = steps.norm(dim=1) * unit
+                steps *= torch.minimum(torch.ones_like(length), clamp * norms / length.clamp(min=1e-12))[:, None]
             yield
+        self.delta = (steps * unit[:, None]).detach()
         if losses:
             self.losses = torch.stack(losses)
 

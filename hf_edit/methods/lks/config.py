@@ -20,7 +20,7 @@ class LKSConfig(EditConfig):
     layer: int | None = setting(None, "block whose output is rewritten; by default the one at 55 % of the depth")
     width: float = setting(2.0, "hidden width of the generator, relative to the model's")
     epochs: int = setting(12, "passes over the facts; each shows a fact's prompt, a variation of it and a text that must stay")
-    min_steps: int = setting(60, "steps at least, where few facts make short epochs")
+    min_steps: int = setting(40, "steps at least, where few facts make short epochs")
     batch_size: int = setting(48, "texts a step")
     lr: float = setting(1e-3, "highest step size of AdamW; it falls along a cosine")
     warmup_steps: int = setting(10, "steps over which the step size rises")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
-from ...base import Base
+from ...base import Base, autocast
 from ...progress import bar
 from ...suffix import SuffixCache, caches_exactly
 from .config import LKSConfig
@@ -116,7 +115,7 @@ def train(
             losses = []
             for batch in _epoch(index, [len(e.ids) - e.mentions[0][0] for e in flat], config.batch_size, rng):
                 optimiser.zero_grad()
-                with _autocast(base, config):
+                with autocast(base.device, config.compute_dtype):
                     loss, nll = cached.loss(batch, generator, generator.encode(features), config.kl_weight)
                 loss.backward()
                 nn.utils.clip_grad_norm_(generator.parameters(), _CLIP)
@@ -170,12 +169,3 @@ def _rate(step: int, warmup: int, total: int) -> float:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, total - warmup)
     return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * min(1.0, done)))))
-
-
-def _autocast(base: Base, config: LKSConfig) -> AbstractContextManager[object]:
-    """bfloat16 arithmetic in the frozen blocks where the hardware has it."""
-    device = base.device.type
-    native = device == "cuda" or (device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if config.compute_dtype == "model" or not native:
-        return nullcontext()
-    return torch.autocast(device, torch.bfloat16)

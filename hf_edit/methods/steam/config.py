@@ -26,7 +26,7 @@ class SteamConfig(EditConfig):
         None, "blocks to edit, ascending; ROME edits the last of them. By default those from 13 to 27 % of the depth"
     )
     steps: int = setting(20, "steps of Adam for each value")
-    lr: float = setting(0.5, "step size of Adam")
+    lr: float | None = setting(None, "step size of Adam; by default a tenth of the stream's root mean square")
     weight_decay: float = setting(0.5, "weight of |delta| / |v|^2")
     kl_factor: float = setting(0.0625, "weight of KL(edited || clean) after '{subject} is a'")
     tail_factor: float = setting(0.25, "weight of KL(edited || clean) behind the target, which keeps it from being said again")

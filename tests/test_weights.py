@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import same, snapshot, tiny_model
+
+from hf_edit import BaseMismatchError
+from hf_edit.statistics import Moment
+from hf_edit.weights.attach import Factors, WeightAttachment
+from hf_edit.weights.solve import insert
+
+NAMES = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}
+
+
+def _factors(rank=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    width = {"llama": 96, "gpt2": 192}
+    return {
+        name: Factors(torch.randn(48, rank, generator=generator), torch.randn(rank, width[kind], generator=generator))
+        for kind, name in NAMES.items()
+    }
+
+
+def test_the_insertion_is_memits_equation():
+    generator = torch.Generator().manual_seed(0)
+    K, R = torch.randn(20, 5, generator=generator).double(), torch.randn(8, 5, generator=generator).double()
+    X = torch.randn(100, 20, generator=generator).double()
+    C = X.T @ X / 100
+    moment = Moment(C, 100)
+    update = insert(K, moment.solve(K) / 15.0, R)
+    ridge = 1e-2 * C.diagonal().median() * torch.eye(20)
+    direct = R @ K.T @ torch.linalg.inv(15.0 * (C + ridge) + K @ K.T)
+    torch.testing.assert_close(update.factors.dense(), direct.float(), atol=1e-5, rtol=1e-4)
+
+
+def test_fewer_facts_are_solved_from_what_is_stored():
+    """Taking a fact out equals never having put it in, for the same keys and residuals."""
+    from conftest import FACTS
+
+    from hf_edit.methods import Fit, get_method
+
+    generator = torch.Generator().manual_seed(0)
+    K, R = torch.randn(20, 4, generator=generator).double(), torch.randn(8, 4, generator=generator).double()
+    solve = Moment(torch.eye(20).double(), 1).solve
+    whole, part = (insert(K[:, keep], solve(K[:, keep]), R[:, keep]) for keep in ([0, 1, 2, 3], [0, 2]))
+    tensors = {"m.left": whole.factors.left, "m.right": whole.factors.right, "m.gram": whole.gram}
+    left = get_method("steam").remove(Fit(tensors, ("m",), tuple(FACTS)), [0, 2])
+    assert left.facts == (FACTS[0], FACTS[2])
+    torch.testing.assert_close(left.tensors["m.left"] @ left.tensors["m.right"], part.factors.dense(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(NAMES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attached_factors_change_the_output_by_their_product_and_leave_no_trace(kind, dtype):
+    model = tiny_model(kind).to(dtype)
+    before = snapshot(model)
+    change = _factors()[NAMES[kind]]
+    module = model.get_submodule(NAMES[kind])
+    keys = torch.randn(1, 3, change.right.shape[1]).to(dtype)
+    clean = module(keys)
+    attachment = WeightAttachment(model, {NAMES[kind]: change})
+    expected = clean.float() + keys.float() @ change.dense().T
+    tolerance = 1e-4 if dtype == torch.float32 else 0.2
+    torch.testing.assert_close(module(keys).float(), expected, atol=tolerance, rtol=tolerance)
+    assert attachment.in_place == (dtype == torch.float32)
+    attachment.detach()
+    attachment.detach()
+    assert same(before, model)
+    assert torch.equal(module(keys), clean)
+
+
+def test_edits_on_top_of_each_other_come_off_in_reverse_without_a_trace():
+    model = tiny_model("llama")
+    before = snapshot(model)
+    stack = [WeightAttachment(model, {NAMES["llama"]: _factors(seed=s)[NAMES["llama"]]}) for s in range(3)]
+    assert not same(before, model)
+    for attachment in reversed(stack):
+        attachment.detach()
+    assert same(before, model)
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {"model.layers.9.mlp.down_proj": Factors(torch.ones(48, 1), torch.ones(1, 96))},
+        {"": Factors(torch.ones(48, 1), torch.ones(1, 96))},
+        {"model.norm": Factors(torch.ones(48, 1), torch.ones(1, 96))},
+        {NAMES["llama"]: Factors(torch.ones(1, 1), torch.ones(1, 1))},  # would broadcast
+        {NAMES["llama"]: Factors(torch.ones(96, 1), torch.ones(1, 48))},  # transposed
+    ],
+)
+def test_factors_that_do_not_fit_are_refused_and_nothing_changes(factors):
+    model = tiny_model("llama")
+    before = snapshot(model)
+    good = {"model.layers.0.mlp.down_proj": Factors(torch.ones(48, 1), torch.ones(1, 96))}
+    with pytest.raises(BaseMismatchError):
+        WeightAttachment(model, {**good, **factors})
+    assert same(before, model)
