@@ -115,9 +115,8 @@ def edit_and_show(model: EditableModelForCausalLM, method: str, rows: list[tuple
     for (prompt, right), before, after in zip(UNRELATED.items(), unrelated, model.ask(list(UNRELATED)), strict=True):
         kept.append(says(before, right) and says(after, right))
         print(f"{'same' if kept[-1] else 'CHANGED'} {prompt} ...  {line(before)} -> {line(after)}")
-    print(
-        f"{answered} of {len(facts)} facts, {heard} of {len(facts)} paraphrases, {sum(kept)} of {len(kept)} unrelated answers kept"
-    )
+    count = len(facts)
+    print(f"{answered} of {count} facts, {heard} of {count} paraphrases, {sum(kept)} of {len(kept)} unrelated answers kept")
     return answered == len(facts) and all(kept)
 
 

@@ -156,7 +156,14 @@ def llama(tokenizer: PreTrainedTokenizerFast) -> EditableModelForCausalLM:
 
 
 # Settings that make an edit of a tiny random model quick.
-QUICK_STEAM = {"statistics_tokens": 1024, "contexts": 0, "steps": 60, "clamp": 3.0, "anchor_weight": 0.0, "covariance_weight": 0.01}
+QUICK_STEAM = {
+    "statistics_tokens": 1024,
+    "contexts": 0,
+    "steps": 60,
+    "clamp": 3.0,
+    "anchor_weight": 0.0,
+    "covariance_weight": 0.01,
+}
 QUICK_LKS = {
     "contexts": 1,
     "context_length": 4,

@@ -71,14 +71,12 @@ class Values:
 
     Attributes:
         deltas: [facts, hidden], what to add to the projection's output at the subject's last token.
-        outputs: [facts, hidden], the projection's clean output there, in the bare prompt.
-        states: [facts, hidden], the block's clean output there.
+        states: [facts, hidden], the block's clean output there, in the bare prompt.
         losses: [steps, facts], NLL + KL before each step.
         scale: the factor from a change of the projection's output to the block's output; None behind a norm.
     """
 
     deltas: torch.Tensor
-    outputs: torch.Tensor
     states: torch.Tensor
     losses: torch.Tensor
     scale: float | None
@@ -131,55 +129,77 @@ def optimize_values(
     block = layout.block(settings.block)
     scale = write_scale(base.model, layout, block)
     prefixes = caches_exactly(base.model, layout)
+    place = _Place(block, base.model.get_submodule(layout.projection(block)), scale)
     parts: list[tuple[torch.Tensor, ...]] = []
     with bar(len(texts) * settings.steps, "optimising values", "step", progress) as shown:
         for first in range(0, len(texts), batch_facts):
             group = range(first, min(first + batch_facts, len(texts)))
-            problem = _Problem(base, layout, block, [texts[i] for i in group], objective, prefixes)
-            for _ in problem.optimize(settings, scale, list(group)):
+            problem = _Problem(base, layout, place, [texts[i] for i in group], objective, prefixes)
+            for _ in problem.optimize(settings, list(group)):
                 shown.update(len(group))
-            parts.append((problem.delta.detach(), problem.outputs, problem.states, problem.losses))
-    deltas, outputs, states, losses = zip(*parts, strict=True)
-    return Values(torch.cat(deltas), torch.cat(outputs), torch.cat(states), torch.cat(losses, dim=1), scale)
+            parts.append((problem.delta.detach(), problem.states, problem.losses))
+    deltas, states, losses = zip(*parts, strict=True)
+    return Values(torch.cat(deltas), torch.cat(states), torch.cat(losses, dim=1), scale)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a residual enters: at a projection's output. Where that joins the stream as it is, times `scale`, the block
+    itself need not run: what enters is known to leave it."""
+
+    block: int
+    projection: torch.nn.Module
+    scale: float | None
+
+    @property
+    def start(self) -> int:
+        """The first block that runs."""
+        return self.block if self.scale is None else self.block + 1
 
 
 class _Problem:
     """The value optimisation of a batch of facts: everything that its steps share."""
 
     def __init__(
-        self, base: Base, layout: Layout, block: int, facts: Sequence[FactTexts], objective: Objective | None, prefixes: bool
+        self,
+        base: Base,
+        layout: Layout,
+        place: _Place,
+        facts: Sequence[FactTexts],
+        objective: Objective | None,
+        prefixes: bool,
     ) -> None:
         self.objective = objective
-        projection = base.model.get_submodule(layout.projection(block))
+        self.place = place
         rows = [_Row(f, text, True, i == 0) for f, fact in enumerate(facts) for i, text in enumerate(fact.rewrites)]
         rows += [_Row(f, text, False, False) for f, fact in enumerate(facts) for text in fact.kept]
         bare = [r for r, row in enumerate(rows) if row.bare]
         kept = [(r, p) for r, row in enumerate(rows) for p in row.kept]
 
-        cache = SuffixCache(base.model, layout, block)
+        cache = SuffixCache(base.model, layout, place.start)
         read_at = kept + [(r, rows[r].text.subject) for r in bare]
-        clean = cache.add([r.ids for r in rows], [r.text.subject if prefixes else 0 for r in rows], read_at, (block,))
+        clean = cache.add([r.ids for r in rows], [r.text.subject if prefixes else 0 for r in rows], read_at, (place.block,))
         assert clean.logits is not None
         kept_log_probs = dict(zip(kept, clean.logits[: len(kept)].log_softmax(-1), strict=True))
-        self.states = clean.states[block][len(kept) :].float()
+        self.states = clean.states[place.block][len(kept) :].float()
         self.parts = [
-            _Part(cache, projection, [(r, rows[r]) for r in group], facts, kept_log_probs)
+            _Part(cache, place, [(r, rows[r]) for r in group], facts, kept_log_probs)
             for group in length_groups([len(s.ids) - s.cut for s in cache.spans], base.device)
         ]
-        outputs = {row: output for part in self.parts for row, output in part.clean_outputs().items()}
-        self.outputs = torch.stack([outputs[r] for r in bare])
-        self.states = self.states.to(self.outputs.device)
-        self.delta = torch.zeros_like(self.outputs)
+        # Where the MLP's output joins the stream as it is, |v| is the stream's norm (MEMIT); behind a norm it is the MLP
+        # output's own (ROME).
+        if place.scale is None:
+            outputs = {row: output for part in self.parts for row, output in part.clean_outputs().items()}
+            self.norms = torch.stack([outputs[r] for r in bare]).norm(dim=1)
+        else:
+            self.norms = self.states.norm(dim=1) / abs(place.scale)
+        self.delta = torch.zeros_like(self.states)
         self.losses = torch.empty(0, len(facts))
 
-    def optimize(self, settings: ValueSettings, scale: float | None, facts: Sequence[int]) -> Iterator[None]:
+    def optimize(self, settings: ValueSettings, facts: Sequence[int]) -> Iterator[None]:
         """Run the steps; yields after each. The result is in `delta` and `losses`."""
-        # Where the MLP's output joins the stream as it is, |v| is the stream's norm (MEMIT); behind a norm it is the
-        # MLP output's own (ROME).
-        if scale is None:
-            norms, clamp = self.outputs.norm(dim=1), settings.clamp or 4.0
-        else:
-            norms, clamp = self.states.norm(dim=1) / abs(scale), settings.clamp or 0.75
+        norms = self.norms
+        clamp = settings.clamp or (4.0 if self.place.scale is None else 0.75)
         # Adam moves each coordinate by about its step size: a tenth of the stream's own suits every width and scale
         unit = torch.full_like(norms, settings.lr) if settings.lr else 0.1 * norms / self.delta.shape[1] ** 0.5
         steps = (self.delta.detach() / unit[:, None]).requires_grad_()
@@ -240,12 +260,12 @@ class _Part:
     def __init__(
         self,
         cache: SuffixCache,
-        projection: torch.nn.Module,
+        place: _Place,
         rows: Sequence[tuple[int, _Row]],
         facts: Sequence[FactTexts],
         kept_log_probs: dict[tuple[int, int], torch.Tensor],
     ) -> None:
-        self.projection = projection
+        self.place = place
         self.numbers = [number for number, _ in rows]
         self.rows = [row for _, row in rows]
         self.batch: SuffixBatch = cache.batch(self.numbers)
@@ -282,7 +302,7 @@ class _Part:
             return output
 
         with torch.no_grad():
-            self.batch.run((), hooks={self.projection: read}, logits=False)
+            self.batch.run((), hooks={self.place.projection: read}, logits=False)
         return {n: seen[0][i, self.columns[i]].float() for i, n in enumerate(self.numbers)}
 
     def loss(
@@ -290,14 +310,19 @@ class _Part:
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """NLL + KL, summed into [facts], and by block the states of `state_facts`."""
 
-        def add(output: torch.Tensor) -> torch.Tensor:
-            rows = torch.arange(len(self.rows), device=output.device)
-            columns = torch.tensor(self.columns, device=output.device)
-            return output.index_put((rows, columns), delta[self.fact_of_row].to(output.dtype), accumulate=True)
+        def add(stream: torch.Tensor) -> torch.Tensor:
+            rows = torch.arange(len(self.rows), device=stream.device)
+            columns = torch.tensor(self.columns, device=stream.device)
+            residuals = delta[self.fact_of_row] * (self.place.scale or 1.0)
+            return stream.index_put((rows, columns), residuals.to(stream.dtype), accumulate=True)
 
         labels, kept = self.counts
         reads = self.reads if blocks else self.reads[: labels + kept]
-        out = self.batch.run(reads, states=blocks, hooks={self.projection: add})
+        if self.place.scale is None:
+            out = self.batch.run(reads, states=blocks, hooks={self.place.projection: add})
+        else:
+            assert self.batch.inputs is not None
+            out = self.batch.run(reads, states=blocks, inputs=add(self.batch.inputs))
         total = torch.zeros(len(delta), device=delta.device)
         assert out.logits is not None
         if labels:
