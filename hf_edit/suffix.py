@@ -92,7 +92,6 @@ class SuffixCache:
         cuts: Sequence[int],
         reads: Sequence[tuple[int, int]] = (),
         states: Sequence[int] = (),
-        batch_tokens: int = 4096,
     ) -> Outputs:
         """Run texts through the clean model once and keep what later runs start from.
 
@@ -101,7 +100,6 @@ class SuffixCache:
             cuts: for each text, the first token that later runs compute; 0 runs all of it.
             reads: (text, position) pairs to read logits and `states` at in this clean pass.
             states: blocks whose outputs are read at `reads`.
-            batch_tokens: bound on tokens a forward, padding included.
 
         Returns:
             The clean outputs at `reads`, in their order.
@@ -109,7 +107,7 @@ class SuffixCache:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         found: dict[int, tuple[torch.Tensor | None, dict[int, torch.Tensor]]] = {}
         spans: dict[int, Span] = {}
-        for rows in _batches(order, [len(t) for t in texts], batch_tokens):
+        for rows in _batches(order, [len(t) for t in texts], self.model):
             at = {row: i for i, row in enumerate(rows)}
             wanted = [n for n, (text, _) in enumerate(reads) if text in at]
             points = [(at[reads[n][0]], reads[n][1]) for n in wanted]
@@ -238,7 +236,6 @@ def read_keys_and_states(
     modules: Sequence[str] = (),
     blocks: Sequence[int] = (),
     last: int,
-    batch_tokens: int = 8192,
 ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
     """Inputs of modules and outputs of blocks at points of texts; nothing above block `last` runs.
 
@@ -257,7 +254,7 @@ def read_keys_and_states(
     by_text: dict[int, list[int]] = {}
     for n, (text, _) in enumerate(points):
         by_text.setdefault(text, []).append(n)
-    for group in _batches(sorted(by_text, key=lambda i: len(texts[i])), [len(t) for t in texts], batch_tokens):
+    for group in _batches(sorted(by_text, key=lambda i: len(texts[i])), [len(t) for t in texts], model):
         wanted = [n for text in group for n in by_text[text]]
         order += wanted
         device = model.get_input_embeddings().weight.device
@@ -394,8 +391,10 @@ def _pad_heads(tensors: Sequence[torch.Tensor], length: int) -> torch.Tensor:
     return out
 
 
-def _batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in the order given, in groups whose padded size stays within the budget (one at least)."""
+def _batches(order: Sequence[int], lengths: Sequence[int], model: Any) -> Iterator[list[int]]:
+    """Indices in the order given, in groups of a bounded padded size (one row at least): what a CPU's caches hold, or what
+    keeps an accelerator busy."""
+    budget = 1024 if model.get_input_embeddings().weight.device.type == "cpu" else 8192
     group: list[int] = []
     for index in order:
         if group and (len(group) + 1) * max(lengths[index], lengths[group[0]]) > budget:
