@@ -46,6 +46,10 @@ class Base:
         """Hash of a strided sample of every parameter; read it on the clean model."""
         return fingerprint(dict(self.model.named_parameters()))
 
+    def forget(self) -> None:
+        """Forget the fingerprint: the weights may have changed."""
+        self.__dict__.pop("fingerprint", None)
+
     def fingerprint_of(self, modules: Sequence[str]) -> str:
         """Hash of a strided sample of some modules' parameters, as they are now."""
         return fingerprint({f"{m}.{n}": p for m in modules for n, p in self.model.get_submodule(m).named_parameters()})

@@ -69,6 +69,8 @@ def _edit(options: argparse.Namespace) -> int:
     from .model import EditableModelForCausalLM
 
     facts = read_facts(options.facts)
+    if options.output.exists() and not options.output.is_dir():
+        raise NotADirectoryError(f"{options.output} is a file; give a folder to save the pack in")
     settings = dict(_setting(text) for text in options.set)
     model = EditableModelForCausalLM.from_pretrained(options.model)
     report = model.edit(facts, options.method, on_conflict=options.on_conflict, seed=options.seed, config=settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -47,7 +48,8 @@ class Question:
             prompt = _first(value, "prompt", "question", "New Question")
             target = _first(value, "target", "answer", "ground_truth", "New Answer")
             if isinstance(prompt, str):
-                target = target[0] if isinstance(target, list) and target else target
+                while isinstance(target, list):  # answers come with their aliases, at times in lists of lists
+                    target = target[0] if target else None
                 return cls(prompt, target or None)
         elif isinstance(value, Sequence) and len(value) == 2 and isinstance(value[0], str):
             return cls(value[0], value[1])
@@ -261,12 +263,16 @@ def _read_file(path: Path) -> Iterable[Any]:
         raise ValueError(f"{path}: facts are read from .jsonl, .json or .csv files")
     text = path.read_text(encoding="utf-8-sig")
     if suffix == ".csv":
-        return [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(text.splitlines())]
+        return [
+            {k: v for k, v in row.items() if k and v}
+            for row in csv.DictReader(io.StringIO(text, newline=""))
+            if any(row.values())
+        ]
     try:
         if suffix == ".json":
             data = json.loads(text)
             return [data] if isinstance(data, Mapping) else data
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
 

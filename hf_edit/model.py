@@ -7,9 +7,11 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +21,7 @@ from .errors import BaseMismatchError, ConflictingEditsError, HfEditError, Merge
 from .facts import Fact, read_facts, resolve_conflicts
 from .methods import EditConfig, get_method
 from .methods.base import Attachment
-from .pack import CONFIG_FILE, EditPack, describe_base, versions
+from .pack import CONFIG_FILE, FILES, EditPack, describe_base, versions
 from .report import EditReport, FactResult
 
 __all__ = ["EditableModelForCausalLM"]
@@ -49,6 +51,8 @@ class EditableModelForCausalLM(nn.Module):
         if isinstance(base_model, EditableModelForCausalLM):
             raise ValueError("the model is editable already; wrap its base: model.get_base_model()")
         name = getattr(base_model, "name_or_path", "") or None
+        if name and Path(name).is_dir():
+            name = str(Path(name).resolve())  # a pack must find its base from any working directory
         if tokenizer is None:
             if not name:
                 raise ValueError("this model does not say where it came from; pass its tokenizer: tokenizer=...")
@@ -121,13 +125,14 @@ class EditableModelForCausalLM(nn.Module):
             model.load_pack(pack, name, verify_base=verify_base)
         return model
 
-    def save_pretrained(self, directory: str | os.PathLike[str], *, selected_packs: Sequence[str] | None = None) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str], *, selected_packs: str | Sequence[str] | None = None) -> None:
         """Write packs: "default" into the folder itself, others into subfolders of their names. Never the base weights.
 
         Raises:
             ValueError: there is nothing to save.
         """
-        names = list(self._packs) if selected_packs is None else list(selected_packs)
+        selected = (selected_packs,) if isinstance(selected_packs, str) else selected_packs
+        names = list(self._packs) if selected is None else list(selected)
         if not names:
             raise ValueError("there are no edits to save; call model.edit(...) first")
         for name in names:
@@ -175,11 +180,13 @@ class EditableModelForCausalLM(nn.Module):
             UnsupportedArchitectureError: the method can't edit this model.
         """
         how = get_method(method)
+        _check_name(pack_name)
         settings = how.config_class.combine(config, config_overrides)
-        known = {fact.key: name for name in self._active for fact in self._packs[name].facts}
-        given = read_facts(facts)
-        wanted = resolve_conflicts(given, self.list_edits(), on_conflict)
         previous = self._packs.get(pack_name)
+        inactive = previous.facts if previous is not None and pack_name not in self._active else ()
+        known = {fact.key: name for name in self._active for fact in self._packs[name].facts}
+        wanted = resolve_conflicts(read_facts(facts), [*self.list_edits(), *inactive], on_conflict)
+        _check_ids(wanted, previous.facts if previous is not None else ())
         if previous is not None and previous.method != method:
             raise ConflictingEditsError(
                 f"pack {pack_name!r} holds edits by {previous.method!r}; give these a pack of their own: "
@@ -191,6 +198,9 @@ class EditableModelForCausalLM(nn.Module):
                 f"pack {known[elsewhere.key]!r} holds another target for {elsewhere.question!r}; take it out first: "
                 "model.remove_edits([...]) with its id from model.list_edits()"
             )
+        if previous is not None:
+            explicit = config.to_dict() if isinstance(config, EditConfig) else dict(config or {})
+            settings = settings.joining(previous.config, {**explicit, **config_overrides})
         if not wanted:
             return EditReport(method, pack_name, (), 0.0, notes=("all of these facts are in force already",))
 
@@ -224,24 +234,33 @@ class EditableModelForCausalLM(nn.Module):
         previous = self._packs.get(pack_name)
         if previous is not None:
             replaced = {f.key for f in facts}
-            ids = [str(f.id) for f in previous.facts if f.key in replaced]
-            previous = None if len(ids) == len(previous.facts) else previous.remove(ids) if ids else previous
+            kept = [i for i, f in enumerate(previous.facts) if f.key not in replaced]
+            if not kept:
+                previous = None
+            elif len(kept) < len(previous.facts):
+                # what is no change of weights is trained anew, and only needs to know which facts remain
+                facts_left = tuple(previous.facts[i] for i in kept)
+                fit = how.remove(previous.fit, kept) if how.in_weights else replace(previous.fit, facts=facts_left)
+                previous = replace(previous, fit=fit)
         under = [self._packs[n] for n in self._active if n != pack_name and get_method(self._packs[n].method).in_weights]
         if previous is not None and how.in_weights:
             under.append(previous)
         with self.disable_edits():
-            _ = self._base.fingerprint  # of the clean model
-            self._attached += [self._attach(pack) for pack in under]
+            self._base.forget()  # the clean weights may be others than at the last edit
+            _ = self._base.fingerprint
             try:
-                fit = how.fit(
-                    self._base,
-                    facts,
-                    settings,
-                    previous=previous.fit if previous is not None else None,
-                    clean=lambda: self._lifted(under),
-                    seed=seed,
-                    progress=progress,
-                )
+                self._attach_all(under)
+                with torch.inference_mode(False), torch.enable_grad():
+                    fit = how.fit(
+                        self._base,
+                        facts,
+                        settings,
+                        previous=previous.fit if previous is not None else None,
+                        clean=lambda: self._lifted(under),
+                        seed=seed,
+                        progress=progress,
+                    )
+                how.validate(fit, settings, self._base)  # nothing is made that could not be loaded
             finally:
                 self._detach()
             base = describe_base(self._base, fit.modules, known=self._origin)
@@ -291,7 +310,10 @@ class EditableModelForCausalLM(nn.Module):
         pack = pack_or_folder if isinstance(pack_or_folder, EditPack) else EditPack.from_pretrained(pack_or_folder)
         if pack_name in self._packs:
             raise ConflictingEditsError(f"there is a pack {pack_name!r} already; load this one under another pack_name")
-        resolve_conflicts(pack.facts, self.list_edits())
+        if len(resolve_conflicts(pack.facts, self.list_edits())) < len(pack.facts):
+            raise ConflictingEditsError(
+                "some of the pack's facts are in force already; take them out first (model.remove_edits)"
+            )
         if verify_base != "off":
             try:
                 with self.disable_edits():
@@ -309,7 +331,7 @@ class EditableModelForCausalLM(nn.Module):
         Raises:
             KeyError: there is no pack of that name.
         """
-        chosen = (names,) if isinstance(names, str) else tuple(names)
+        chosen = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
         facts: list[Fact] = []
         for name in chosen:
             resolve_conflicts(self._pack(name).facts, facts)
@@ -363,7 +385,10 @@ class EditableModelForCausalLM(nn.Module):
         try:
             yield
         finally:
-            self._put(self._packs, tuple(n for n in names if n in self._packs))
+            kept = [name for name in names if name in self._packs]
+            self._put(
+                self._packs, (*kept, *(name for name in self._active if name not in kept))
+            )  # what was put on inside stays
 
     def _pack(self, name: str) -> EditPack:
         if name not in self._packs:
@@ -378,12 +403,10 @@ class EditableModelForCausalLM(nn.Module):
         before = self._packs, self._active
         self._detach()
         try:
-            for name in active:
-                self._attached.append(self._attach(packs[name]))
+            self._attach_all([packs[name] for name in active])
         except BaseException:
             self._detach()
-            for name in before[1]:
-                self._attached.append(self._attach(before[0][name]))
+            self._attach_all([before[0][name] for name in before[1]])
             raise
         self._packs, self._active = dict(packs), active
 
@@ -394,7 +417,11 @@ class EditableModelForCausalLM(nn.Module):
         try:
             yield
         finally:
-            self._attached += [self._attach(pack) for pack in packs]
+            self._attach_all(packs)
+
+    def _attach_all(self, packs: Sequence[EditPack]) -> None:
+        for pack in packs:
+            self._attached.append(self._attach(pack))
 
     def _detach(self) -> None:
         while self._attached:
@@ -439,6 +466,11 @@ class EditableModelForCausalLM(nn.Module):
         """The base model's generate, with the edits in force."""
         return self.base_model.generate(*args, **kwargs)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """`to`, `half`, `cuda` and the like: edits are taken off, so that they move the originals, and put on again."""
+        with self.disable_edits():
+            return super()._apply(fn, recurse)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -462,11 +494,25 @@ def _packs_in(folder: Path, pack_name: str) -> dict[str, EditPack]:
         packs[pack_name] = EditPack.from_pretrained(folder)
     elif (folder / "edits.safetensors").exists():
         raise PackFormatError(f"{folder} has no {CONFIG_FILE}: the pack is incomplete, save or download it again")
+    if not packs and (folder / "config.json").exists():
+        return {}  # a model; packs that happen to lie below it were not asked for
     for child in sorted(p for p in folder.iterdir() if (p / CONFIG_FILE).exists()):
+        if child.name in packs:
+            raise ConflictingEditsError(
+                f"{folder} has a pack {child.name!r} of its own; pass another pack_name for the main one"
+            )
         packs[child.name] = EditPack.from_pretrained(child)
     return packs
 
 
+def _check_ids(facts: Sequence[Fact], known: Sequence[Fact]) -> None:
+    replaced = {f.key for f in facts}
+    ids = [f.id for f in facts] + [f.id for f in known if f.key not in replaced]
+    if len(set(ids)) < len(ids):
+        twice = next(id for id in ids if ids.count(id) > 1)
+        raise ConflictingEditsError(f"two facts have the id {twice!r}; give them different ids, or none")
+
+
 def _check_name(name: str) -> None:
-    if not name or len(name) > 64 or name in (".", "..") or any(c in name for c in '/\\:*?"<>|\0\n\r'):
+    if not name or len(name) > 64 or name.startswith(".") or name in FILES or any(c in name for c in '/\\:*?"<>|\0\n\r'):
         raise ValueError(f'{name!r:.80} is no name for a pack: up to 64 characters, none of them / \\ : * ? " < > |')

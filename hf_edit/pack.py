@@ -32,6 +32,7 @@ CONFIG_FILE = "edit_config.json"
 FACTS_FILE = "facts.jsonl"
 TENSORS_FILE = "edits.safetensors"
 CARD_FILE = "README.md"
+FILES = (CONFIG_FILE, FACTS_FILE, TENSORS_FILE, CARD_FILE)
 FORMAT_VERSION = 1
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -149,7 +150,8 @@ class EditPack:
                 raise BaseMismatchError(
                     f"this model has {what} than the edits were made for ({key}: here {here[key]}, in the pack "
                     f"{self.base[key]}). Load the base that the pack names: "
-                    f"{self.base['base_model_name_or_path']!r}, or pass verify_base='warn' if you know that it serves."
+                    f"{self.base['base_model_name_or_path']!r}, or pass verify_base='warn' if you know that it serves. "
+                    "(float16 rounds a float32 checkpoint otherwise than bfloat16 does: load the base in float32 or bfloat16.)"
                 )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
@@ -229,7 +231,7 @@ class EditPack:
         try:
             method = get_method(config["method"])
             settings = method.config_class.from_dict(config["method_config"])
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise PackFormatError(f"{folder / CONFIG_FILE}: {error}") from error
         fit = Fit(tensors, tuple(config["modules"]), facts)
         method.validate(fit, settings, None)
@@ -300,6 +302,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise PackFormatError(f"{path} holds no JSON object")
     version = config.get("format_version")
+    if isinstance(version, int) and version < 1:
+        raise PackFormatError(f"{path} has format {version}, and there is none before 1")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise PackFormatError(
             f"{path} has format {version}, this version of hf_edit reads {FORMAT_VERSION}: pip install --upgrade hf-edit"
@@ -368,7 +372,9 @@ def _read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, torch.Tens
     except SafetensorError as error:
         raise PackFormatError(f"{path} is no valid safetensors file: {error}") from error
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.int64):
+            raise PackFormatError(f"{path}: tensor {name!r} is of type {tensor.dtype}, which no edit pack holds")
+        if not bool(torch.isfinite(tensor).all()):
             raise PackFormatError(f"{path}: tensor {name!r} holds NaN or infinity")
     return tensors
 

@@ -107,6 +107,14 @@ def test_facts_are_read_from_files(tmp_path, suffix):
     assert read_facts(path) == [Fact("France", "The capital of {} is", "Lyon")] * 2
 
 
+def test_line_separators_inside_text_do_not_cut_records(tmp_path):
+    fact = Fact("A", "a\u2028b {} c", "d")
+    (tmp_path / "facts.jsonl").write_text(json.dumps(fact.to_dict(), ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_facts(tmp_path / "facts.jsonl") == [fact]
+    (tmp_path / "facts.csv").write_text('subject,prompt,target\nA,"first\nline {} is",b\n,,\n')
+    assert read_facts(tmp_path / "facts.csv")[0].prompt == "first\nline {} is"
+
+
 def test_a_bad_record_is_named_by_its_number():
     with pytest.raises(ValueError, match=r"record 2.*target"):
         read_facts([{"subject": "a", "prompt": "{} b", "target": "c"}, {"subject": "a", "prompt": "{} b"}])

@@ -225,3 +225,94 @@ def test_the_same_seed_gives_the_same_edit(tokenizer, method):
         _edit(model, method=method, verify=False)
         packs.append(copy.copy(model.packs["default"]))
     assert packs[0] == packs[1]
+
+
+@pytest.mark.parametrize("method", ["steam", "lks"])
+def test_moving_or_casting_an_edited_model_keeps_edits_and_rollback(llama, method):
+    clean = {name: t.to(torch.float64) for name, t in snapshot(llama.base_model).items()}
+    _edit(llama, method=method)
+    llama.to(torch.float64)
+    assert {p.dtype for p in llama.base_model.parameters()} == {torch.float64}
+    assert llama.ask(FACTS[0].question)
+    llama.rollback()
+    assert same(clean, llama.base_model)
+
+
+def test_what_is_edited_while_edits_are_disabled_stays_in_force(llama):
+    _edit(llama, FACTS[:1])
+    with llama.disable_edits():
+        _edit(llama, FACTS[1:2], pack_name="new")
+    assert llama.active_packs == ["default", "new"]
+
+
+def test_editing_works_where_gradients_are_off(llama):
+    with torch.inference_mode():
+        assert _landed(_edit(llama, FACTS[:1]))
+
+
+def test_the_last_block_can_be_edited_though_no_anchor_lies_above_it(llama):
+    assert len(_edit(llama, FACTS[:1], layers=[5], anchor_weight=1.0)) == 1
+
+
+def test_nothing_is_made_that_could_not_be_loaded(llama):
+    twice = [fact.replace(id="1") for fact in FACTS[:2]]
+    with pytest.raises(ConflictingEditsError, match="id '1'"):
+        _edit(llama, twice)
+    for name in ("../up", "", "a/b", ".hidden", "facts.jsonl"):
+        with pytest.raises(ValueError, match="no name for a pack"):
+            _edit(llama, pack_name=name)
+    with pytest.raises(ValueError, match="single letter"):
+        _edit(llama, Fact("X", "The owner of {} is", "Rome"), "lks")
+    _edit(llama, FACTS[:1], "lks", width=0.5)
+    with pytest.raises(ConflictingEditsError, match=r"width=0\.5"):
+        _edit(llama, FACTS[1:], "lks", width=1.0)
+    quick = {name: value for name, value in QUICK_LKS.items() if name != "width"}
+    llama.edit(FACTS[1:], "lks", progress=False, **quick)
+    assert llama.packs["default"].config.width == 0.5
+
+
+def test_a_pack_is_put_on_once_however_often_it_is_named(llama):
+    _edit(llama, FACTS[:1])
+    once = snapshot(llama.base_model)
+    llama.set_packs(["default", "default"])
+    assert same(once, llama.base_model)
+    with pytest.raises(ConflictingEditsError, match="in force already"):
+        llama.load_pack(llama.packs["default"], "again")
+
+
+def test_an_inactive_pack_does_not_lose_facts_unasked(llama):
+    _edit(llama, FACTS[:1])
+    llama.set_packs([])
+    with pytest.raises(ConflictingEditsError, match="on_conflict"):
+        _edit(llama, FACTS[0].replace(target="Vienna"))
+
+
+def test_lks_refuses_to_take_out_half_of_what_it_knows_of_a_subject(llama):
+    both = [FACTS[0], Fact("France", "The official language of {} is", "Spanish")]
+    _edit(llama, both, "lks")
+    with pytest.raises(ValueError, match="all facts about 'France'"):
+        llama.remove_edits(str(FACTS[0].id))
+    llama.remove_edits([str(f.id) for f in both])
+    assert llama.packs == {}
+
+
+def test_an_attachment_that_fails_half_way_leaves_nothing_behind(llama, monkeypatch):
+    clean = snapshot(llama.base_model)
+    _edit(llama, FACTS[:1], pack_name="a")
+    _edit(llama, FACTS[1:2], pack_name="b")
+    attach = type(llama)._attach
+    calls = []
+
+    def failing(self, pack):
+        calls.append(pack)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return attach(self, pack)
+
+    monkeypatch.setattr(type(llama), "_attach", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _edit(llama, FACTS[2:], pack_name="c", verify=False)
+    monkeypatch.undo()
+    assert llama.active_packs == ["a", "b"]
+    llama.rollback()
+    assert same(clean, llama.base_model)

@@ -216,3 +216,20 @@ def test_nothing_to_save_is_an_error(llama, tmp_path):
 def test_base_weights_are_never_pushed(llama):
     with pytest.raises(HfEditError, match="save_pretrained"):
         llama.push_to_hub("me/model")
+
+
+def test_a_model_folder_with_a_pack_below_it_is_a_model(saved):
+    model, folder = saved
+    model.save_pretrained(folder / "base" / "mine")
+    assert EditableModelForCausalLM.from_pretrained(folder / "base").list_edits() == []
+
+
+def test_a_pack_finds_its_base_from_any_working_directory(saved, monkeypatch, tmp_path):
+    _, folder = saved
+    monkeypatch.chdir(folder)
+    model = EditableModelForCausalLM.from_pretrained("./base")
+    model.edit(FACTS[0], "rome", progress=False, verify=False, **QUICK_STEAM)
+    model.save_pretrained("relative")
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    assert EditableModelForCausalLM.from_pretrained("../relative").list_edits() == [FACTS[0]]

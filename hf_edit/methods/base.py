@@ -9,11 +9,12 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
 from ..base import Base
+from ..errors import ConflictingEditsError
 from ..facts import Fact
 
 __all__ = ["Attachment", "EditConfig", "Fit", "Method"]
@@ -29,6 +30,26 @@ def setting(default: Any, help: str) -> Any:
 @dataclass(frozen=True)
 class EditConfig:
     """Base of the methods' configurations: one documented field a setting, plain JSON types throughout."""
+
+    structural: ClassVar[tuple[str, ...]] = ()  # settings that all facts of a pack share
+
+    def joining(self: C, pack: EditConfig, given: Mapping[str, Any]) -> C:
+        """These settings for facts that join a pack: its structural settings are theirs.
+
+        Args:
+            pack: the pack's settings.
+            given: settings that the user named.
+
+        Raises:
+            ConflictingEditsError: the user named another value for a structural setting.
+        """
+        for name in self.structural:
+            if name in given and getattr(self, name) != getattr(pack, name):
+                raise ConflictingEditsError(
+                    f"the pack was made with {name}={getattr(pack, name)!r}, which all its facts share; leave {name} out, or "
+                    "give these facts a pack of their own: pack_name=..."
+                )
+        return dataclasses.replace(self, **{name: getattr(pack, name) for name in self.structural})
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON types."""

@@ -70,7 +70,7 @@ class WeightAttachment:
         for handle in self._handles:
             handle.remove()
         for weight, original in reversed(self._originals):
-            weight.data = original
+            weight.data = original.to(weight.device, weight.dtype)  # the model may have been moved or cast meanwhile
         self._handles, self._originals = [], []
 
     def _swap(self, module: nn.Module, weight: nn.Parameter, change: Factors) -> None:

@@ -41,7 +41,7 @@ class LKSAttachment:
         self._scope, self._generator, self._codes = scope, generator, codes
         self._now = threading.local()
         self._past: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
-        self._window = 2 * scope.longest + 8
+        self._window = scope.longest + 8
         decoder = base.model.get_decoder()
         self._signature = inspect.signature(decoder.forward)
         self._handles = [
@@ -143,7 +143,7 @@ class LKSAttachment:
         own = states[rows, columns].to(self._codes)
         new = self._generator(self._codes[entities], own)
         states = states.clone()
-        states[rows, columns] = new.to(states.dtype)
+        states[rows, columns] = new.to(states)
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
 

@@ -17,6 +17,8 @@ class LKSConfig(EditConfig):
         ValueError: a setting is out of range.
     """
 
+    structural = ("layer", "width")
+
     layer: int | None = setting(None, "block whose output is rewritten; by default the one at 55 % of the depth")
     width: float = setting(2.0, "hidden width of the generator, relative to the model's")
     epochs: int = setting(12, "passes over the facts; each shows a fact's prompt, a variation of it and a text that must stay")
@@ -41,4 +43,5 @@ class LKSConfig(EditConfig):
             require(getattr(self, name) >= 0, f"{name} must not be negative")
         for name in ("lr", "width"):
             require(getattr(self, name) > 0, f"{name} must be positive")
+        require(self.width <= 64, "width must be at most 64")
         require(self.compute_dtype in ("auto", "model"), "compute_dtype is 'auto' or 'model'")

@@ -48,6 +48,8 @@ class LKS:
         progress: bool,
     ) -> Fit:
         """See `hf_edit.methods.Method.fit`. Facts that join a pack are trained together with its own, from its generator."""
+        if (short := _single_letter(facts)) is not None:
+            raise ValueError(f"LKS can't look for {short!r}: a single letter would be found everywhere; use method='steam'")
         everything = (*(previous.facts if previous else ()), *facts)
         entities = _Entities.of(everything)
         block = _block(base, config)
@@ -73,7 +75,18 @@ class LKS:
         return generator.to(base.device)
 
     def remove(self, fit: Fit, keep: Sequence[int]) -> Fit:
-        """The same edit with only the facts `keep`: the others leave the scope, the generator stays."""
+        """The same edit with only the facts `keep`: the others leave the scope, the generator stays.
+
+        Raises:
+            ValueError: a fact to take out shares its subject with one that stays; both live in one state.
+        """
+        kept = {fit.facts[i].subject.casefold() for i in keep}
+        shared = next((f for i, f in enumerate(fit.facts) if i not in set(keep) and f.subject.casefold() in kept), None)
+        if shared is not None:
+            raise ValueError(
+                f"{shared.question!r} shares its subject with facts that would stay, and LKS keeps them in one state; take all "
+                f"facts about {shared.subject!r} out and edit the others again"
+            )
         tensors = {**fit.tensors, "features": fit.tensors["features"][list(keep)].clone()}
         return Fit(tensors, fit.modules, tuple(fit.facts[i] for i in keep))
 
@@ -92,9 +105,8 @@ class LKS:
         if found != shapes or any(t.dtype != torch.float32 for t in fit.tensors.values()):
             wrong = sorted(n for n in {*found, *shapes} if found.get(n) != shapes.get(n))
             raise PackFormatError(f"the pack's tensors are not those of an LKS generator: {', '.join(wrong)[:300] or 'dtype'}")
-        short = next((f.subject for f in fit.facts if len(f.subject) == 1 and f.subject.isascii()), None)
-        if short is not None:
-            raise PackFormatError(f"the subject {short!r} is a single letter and would be found everywhere")
+        if (short := _single_letter(fit.facts)) is not None:
+            raise PackFormatError(f"the name {short!r} is a single letter and would be found everywhere")
         if base is not None:
             layout = base.layout()
             if fit.modules != (f"{layout.blocks_path}.{_block(base, config)}",) or hidden != layout.hidden_size:
@@ -107,6 +119,10 @@ class LKS:
         with torch.no_grad():
             codes = generator.encode(entities.pooled(fit.tensors["features"].to(base.device)))
         return LKSAttachment(base, _block(base, config), entities.scope, generator, codes)
+
+
+def _single_letter(facts: Sequence[Fact]) -> str | None:
+    return next((n for f in facts for n in (f.subject, *f.aliases) if len(n) == 1 and n.isascii()), None)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,9 @@ class Scope:
 
     Args:
         names: for each entity, its names.
+
+    Attributes:
+        longest: bytes of the longest name: no tokenizer needs more tokens for it.
     """
 
     def __init__(self, names: Sequence[Iterable[str]]) -> None:
@@ -41,7 +44,7 @@ class Scope:
         for entity, own in enumerate(names):
             for name in own:
                 self._owners.setdefault(_lower(name), []).append((name, entity))
-                self.longest = max(self.longest, len(name))
+                self.longest = max(self.longest, len(name.encode()))
         for key in self._owners:
             self._automaton.add_word(key, key)
         self._automaton.make_automaton()

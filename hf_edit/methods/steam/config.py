@@ -19,6 +19,8 @@ class SteamConfig(EditConfig):
         ValueError: a setting is out of range.
     """
 
+    structural = ("edit_module",)
+
     base_editor: str | None = setting(
         None, "'rome', 'r_rome' or 'memit'; by default ROME for a single fact and MEMIT for several"
     )

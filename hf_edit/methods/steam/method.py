@@ -64,7 +64,8 @@ class Steam:
             stack.enter_context(frozen(base.model))
             with clean():
                 job = _Job.prepare(base, config, editor, seed, progress)
-                anchors = build_anchors(base, facts, job.anchor_blocks(), config) if weight else None
+                blocks = job.anchor_blocks() if weight else ()
+                anchors = build_anchors(base, facts, blocks, config) if blocks else None
             tensors: dict[str, torch.Tensor] = dict(previous.tensors) if previous else {}
             groups = [range(len(facts))] if editor == "memit" else [range(i, i + 1) for i in range(len(facts))]
             for group in groups:
@@ -138,7 +139,7 @@ class _Job:
         return cls(base, config, editor, layout, layers, statistics, contexts, progress)
 
     def anchor_blocks(self) -> tuple[int, ...]:
-        """The blocks to align at, all above the last edit layer."""
+        """The blocks to align at, all above the last edit layer; none where that is the model's last block."""
         chosen = self.config.anchor_blocks
         if chosen is None:
             third = range(self.layout.at_depth(1 / 3), self.layout.at_depth(2 / 3) + 1)
