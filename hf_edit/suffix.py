@@ -156,11 +156,6 @@ class SuffixCache:
         """Texts of the cache as one padded batch, in the order given."""
         return SuffixBatch(self, [self.spans[i] for i in indices])
 
-    def nbytes(self) -> int:
-        """Bytes that the kept states, keys and values take."""
-        tensors = (t for s in self.spans for t in (s.inputs, *s.keys, *s.values) if t is not None)
-        return sum(t.numel() * t.element_size() for t in tensors)
-
 
 class SuffixBatch:
     """A padded batch of a `SuffixCache`: built once, run as often as an optimisation has steps.

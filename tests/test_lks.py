@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, QUICK_LKS, tiny_model
+from conftest import QUICK_LKS, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from hf_edit import EditableModelForCausalLM, Fact
@@ -48,8 +48,7 @@ def test_every_longest_whole_word_mention_is_found_and_nothing_else(names, text,
     assert _found(names, text) == found
 
 
-def test_ten_thousand_names_cost_no_more_than_ten():
-    """Counted, not timed: one automaton answers for all of them in one pass."""
+def test_the_right_ones_of_ten_thousand_names_are_found():
     scope = Scope([[f"Person Number{n}"] for n in range(10_000)])
     assert [m.entity for m in scope.find("Yesterday Person Number77 met Person Number9999.")] == [77, 9999]
 
@@ -79,7 +78,6 @@ def test_an_untrained_generator_changes_nothing():
 def edited(request, tokenizer):
     """An edited tiny model whose generator is strong, so that a missed mention shows."""
     model = EditableModelForCausalLM(tiny_model(request.param), tokenizer)
-    assert request.param in ARCHITECTURES
     model.edit(FACTS, "lks", progress=False, verify=False, **QUICK_LKS)
     return model
 
