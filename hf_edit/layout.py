@@ -17,6 +17,8 @@ __all__ = ["Layout", "find_layout", "write_scale"]
 # Children of a block that may hold a matrix of the right shape and are no plain MLP.
 _NOT_MLP = re.compile(r"attn|attention|mixer|expert|gate(?!_up)|router|mamba|ssm|conv(?!1d)|cross|lora", re.IGNORECASE)
 
+_FIRST_RECALL, _LAST_RECALL = 0.13, 0.265
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -40,6 +42,13 @@ class Layout:
     def at_depth(self, depth: float) -> int:
         """The block at a relative depth: 0 is the first, 1 the last."""
         return min(max(round(depth * (len(self) - 1)), 0), len(self) - 1)
+
+    def recall_blocks(self) -> range:
+        """The blocks whose MLPs recall facts about a subject: from 13 to 26.5 % of the depth, 4 to 8 of 30 to 32.
+
+        The range that MEMIT (arXiv 2210.07229) and its successors edit in models of that depth.
+        """
+        return range(self.at_depth(_FIRST_RECALL), self.at_depth(_LAST_RECALL) + 1)
 
     def block(self, index: int) -> int:
         """A block's index, checked.

@@ -2,61 +2,46 @@
 
 C = E[k k^T], uncentred, k the input of a block's MLP output projection (ROME, arXiv 2202.05262, sec. 3.1). The originals
 take it from 100,000 documents of Wikipedia; here the model samples its own text, so nothing is downloaded.
+
+What was computed is kept in the cache folder as sums, in float64: a run that was cut short goes on where it stopped, and
+more tokens of the same text only add to them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from ._version import __version__
 from .base import Base
 from .cache import atomic_path, cache_folder
-from .errors import BaseMismatchError
+from .errors import BaseMismatchError, PackFormatError
 from .layout import weight_shape
+from .moments import Moment, folded
 from .progress import bar
 from .suffix import frozen, read_keys_and_states
-from .texts import sample_ids
+from .texts import STARTERS, sample_ids
 
-__all__ = ["KeyStatistics", "Moment"]
+__all__ = ["KeyStatistics", "Moment", "cached_statistics", "default_tokens", "open_statistics"]
 
+_FORMAT_VERSION = 1
+_TENSORS_FILE = "key_statistics.safetensors"
+_CONFIG_FILE = "key_statistics.json"
 _SAMPLE_LENGTH = 64
-# Added to C's diagonal, relative to the diagonal's median (the mean is the first token's, whose keys are enormous):
-# directions that the sampled text never used stay solvable.
-_RIDGE = 1e-2
-
-
-@dataclass
-class Moment:
-    """The second moment of one module's keys.
-
-    Attributes:
-        matrix: float64 [in, in], the mean of k k^T.
-        tokens: how many keys it was taken from.
-    """
-
-    matrix: torch.Tensor
-    tokens: int
-    _factor: torch.Tensor | None = field(default=None, repr=False)
-
-    def solve(self, keys: torch.Tensor) -> torch.Tensor:
-        """C^-1 K in float64, C with its ridge.
-
-        Args:
-            keys: [in, n].
-
-        Returns:
-            [in, n]. C is factorised at the first call only.
-        """
-        if self._factor is None:
-            ridge = _RIDGE * self.matrix.diagonal().median().clamp(min=1e-12)
-            damped = self.matrix + ridge * torch.eye(len(self.matrix), dtype=torch.float64)
-            self._factor = torch.linalg.cholesky(damped)
-        return torch.cholesky_solve(keys.to("cpu", torch.float64), self._factor)
+_SAMPLE_ROWS = 64  # sampled and kept together
+_TEXT_LENGTH = 512
+_GROUP = 32  # rows whose products are summed before they join the total
+_CHECKPOINT_SECONDS = 60.0
 
 
 class KeyStatistics:
@@ -65,90 +50,195 @@ class KeyStatistics:
     Attributes:
         fingerprint: of the model they belong to (`Base.fingerprint`).
         moments: by module name.
+        sources: what text they were taken from.
     """
 
-    def __init__(self, fingerprint: str, moments: dict[str, Moment] | None = None) -> None:
+    def __init__(
+        self, fingerprint: str, moments: Mapping[str, Moment] | None = None, sources: Sequence[str] = ("unknown text",)
+    ) -> None:
         self.fingerprint = fingerprint
-        self.moments = moments or {}
+        self.moments = dict(moments or {})
+        self.sources = tuple(sources)
+
+    def __repr__(self) -> str:
+        tokens = sorted({m.tokens for m in self.moments.values()})
+        return f"KeyStatistics({len(self.moments)} modules, tokens {tokens}, from {', '.join(self.sources)})"
 
     @classmethod
     def compute(
         cls,
-        base: Base,
-        modules: Sequence[str],
-        *,
-        texts: Sequence[str] | None = None,
+        model: Any,
+        tokenizer: Any = None,
+        texts: Any = None,
         num_tokens: int | None = None,
+        modules: Sequence[str | int] | None = None,
+        *,
+        resume: bool = True,
         seed: int = 0,
         progress: bool = True,
     ) -> KeyStatistics:
         """Second moments of some modules' keys.
 
         Args:
-            base: the clean model.
-            modules: names of MLP output projections.
-            texts: the text to read; None: the model samples its own.
-            num_tokens: how many tokens; by default four for each key dimension, at least 8,192.
+            model: a causal language model; the edits of an `EditableModelForCausalLM` are off meanwhile.
+            tokenizer: its tokenizer; an `EditableModelForCausalLM` brings its own.
+            texts: the text to read: an iterable of strings or of rows with "text" (a `datasets.Dataset`), or the path of a
+                .txt file (a text a line) or of a .jsonl file of such rows; None: the model samples its own.
+            num_tokens: how many tokens; whole rows of up to 512 tokens are read, so it may be some more. By default four
+                for each key dimension, at least 8,192.
+            modules: blocks, or names of MLP output projections; by default those of the blocks from 13 to 27 % of the depth
+                (4 to 8 of 30), which weight edits change by default.
+            resume: start from what the cache folder has of the same model and text, and keep the sums there while they
+                grow. False neither reads nor writes them.
             seed: of the sampling.
-        """
-        if num_tokens is None:
-            num_tokens = default_tokens(base, modules)
-        with frozen(base.model):
-            rows = _tokenised(base, texts, num_tokens) if texts is not None else _sampled(base, num_tokens, seed, progress)
-            moments = _second_moments(base, modules, rows, progress)
-        return cls(base.fingerprint, moments)
+            progress: show progress bars.
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `key_statistics.safetensors` into a folder (float32, the file replaced whole or not at all)."""
+        Raises:
+            ValueError: `texts` holds no text, or there is no such block.
+            UnsupportedArchitectureError: a block has no MLP output projection that could be found.
+        """
+        with _clean(model, tokenizer) as base:
+            names = _module_names(base, modules)
+            count = default_tokens(base, names) if num_tokens is None else num_tokens
+            if count < 1:
+                raise ValueError(f"num_tokens must be at least 1, not {count}")
+            source = _Samples(base, count, seed, resume, progress) if texts is None else _Texts(base, texts, count)
+            return cls(base.fingerprint, _moments(base, names, source, resume, progress), [source.description])
+
+    def __add__(self, other: KeyStatistics) -> KeyStatistics:
+        """Statistics over both sets of text, so that several machines can share the work; a module that only one of them
+        has is taken over.
+
+        Raises:
+            BaseMismatchError: they are of different models.
+            ValueError: a module was taken from the same text in both, which would count it twice.
+        """
+        if not isinstance(other, KeyStatistics):
+            return NotImplemented
+        if self.fingerprint != other.fingerprint:
+            raise BaseMismatchError(
+                f"these are statistics of two models (fingerprints {self.fingerprint} and {other.fingerprint})"
+            )
+        shared = sorted(set(self.moments) & set(other.moments))
+        twice = sorted(set(self.sources) & set(other.sources) - {"unknown text"})
+        if shared and twice:
+            raise ValueError(
+                f"both have {shared[0]} from the same text ({', '.join(twice)}); give each machine another seed or other texts"
+            )
+        moments = {**self.moments, **other.moments, **{name: self.moments[name] + other.moments[name] for name in shared}}
+        return KeyStatistics(self.fingerprint, moments, dict.fromkeys((*self.sources, *other.sources)))  # type: ignore[arg-type]
+
+    def check(self, base: Base, modules: Sequence[str]) -> None:
+        """Refuse a model that they are not for, and modules that they lack; reads the clean model.
+
+        Raises:
+            BaseMismatchError: they belong to another model.
+            ValueError: modules are missing.
+        """
+        if self.fingerprint != base.fingerprint:
+            raise BaseMismatchError(
+                f"these are the statistics of another model (fingerprint {self.fingerprint}, not {base.fingerprint}). "
+                "Compute them for this one: KeyStatistics.compute(model, tokenizer)."
+            )
+        if missing := [name for name in modules if name not in self.moments]:
+            raise ValueError(
+                f"the statistics have no {', '.join(missing)}; compute them: "
+                f"KeyStatistics.compute(model, tokenizer, modules={missing}), and add the two with +"
+            )
+        for name in modules:
+            width = weight_shape(base.model.get_submodule(name))[1]
+            if self.moments[name].width != width:
+                raise BaseMismatchError(f"the statistics of {name} are for keys of {self.moments[name].width}, not {width}")
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Write `key_statistics.safetensors` (the sums, float64 triangles folded to half a square) and
+        `key_statistics.json` into a folder; each file is replaced whole, the JSON last.
+
+        Returns:
+            The folder.
+        """
         folder = Path(directory)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; give a folder to save the statistics in")
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: m.matrix.float() for name, m in self.moments.items()}
-        metadata = {"format": "pt", "fingerprint": self.fingerprint}
-        metadata |= {f"tokens.{name}": str(m.tokens) for name, m in self.moments.items()}
-        with atomic_path(folder / "key_statistics.safetensors") as path:
-            save_file(tensors, path, metadata)
+        modules = {n: {"tokens": m.tokens, "width": m.width, "digest": m.digest} for n, m in sorted(self.moments.items())}
+        config = {
+            "format_version": _FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "modules": modules,
+            "sources": list(self.sources),
+            "versions": _versions(),
+        }
+        with atomic_path(folder / _CONFIG_FILE) as config_path, atomic_path(folder / _TENSORS_FILE) as tensors_path:
+            tensors = {name: folded(m.total) for name, m in self.moments.items()}
+            save_file(tensors, tensors_path, {"format": "pt", "modules": json.dumps(modules, sort_keys=True)})
+            config_path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+        return folder
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], *, fingerprint: str | None = None) -> KeyStatistics:
-        """Read a folder that `save_pretrained` wrote.
+        """Read a folder that `save_pretrained` wrote. Sums are read from it when they are needed, and checked then.
 
         Args:
             fingerprint: of the model they are meant for; checked where given.
 
         Raises:
+            FileNotFoundError: the folder holds no statistics.
+            PackFormatError: they are damaged, or of a newer format.
             BaseMismatchError: they belong to another model.
         """
-        from safetensors import safe_open
-
-        path = Path(directory) / "key_statistics.safetensors"
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        if fingerprint is not None and metadata.get("fingerprint") != fingerprint:
+        folder = Path(directory)
+        config = _read_config(folder / _CONFIG_FILE)
+        path = folder / _TENSORS_FILE
+        try:
+            with safe_open(path, "pt") as file:
+                written, names = (file.metadata() or {}).get("modules"), set(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise PackFormatError(f"{path} can't be read: {error}") from error
+        if written != json.dumps(config["modules"], sort_keys=True) or names != set(config["modules"]):
+            raise PackFormatError(f"{folder / _CONFIG_FILE} and {path.name} were not written together: get both again")
+        if fingerprint is not None and config["fingerprint"] != fingerprint:
             raise BaseMismatchError(
-                f"{path} holds the statistics of another model (fingerprint {metadata.get('fingerprint')}, not "
-                f"{fingerprint}). Compute them for this one: KeyStatistics.compute(...)."
+                f"{folder} holds the statistics of another model (fingerprint {config['fingerprint']}, not "
+                f"{fingerprint}). Compute them for this one: KeyStatistics.compute(model, tokenizer)."
             )
-        tensors = load_file(path)
-        moments = {name: Moment(t.double(), int(metadata[f"tokens.{name}"])) for name, t in tensors.items()}
-        return cls(metadata["fingerprint"], moments)
+        moments = {}
+        for name, entry in config["modules"].items():
+            moments[name] = Moment.stored(path, name, entry["tokens"], entry["digest"])
+            if moments[name].width != entry["width"]:
+                raise PackFormatError(f"{path}: {name} is not as wide as {_CONFIG_FILE} says")
+        return cls(config["fingerprint"], moments, config["sources"])
 
 
 def cached_statistics(
     base: Base, modules: Sequence[str], *, num_tokens: int | None = None, progress: bool = True
 ) -> KeyStatistics:
-    """Statistics of a clean model from the cache folder; what is missing there is computed and added."""
-    if num_tokens is None:
-        num_tokens = default_tokens(base, modules)
-    folder = cache_folder("key_statistics", f"{base.fingerprint}-{num_tokens}")
-    path = folder / "key_statistics.safetensors"
-    known = KeyStatistics(base.fingerprint)
-    if path.exists():
-        known = KeyStatistics.from_pretrained(folder, fingerprint=base.fingerprint)
-    missing = [name for name in modules if name not in known.moments]
-    if missing:
-        known.moments |= KeyStatistics.compute(base, missing, num_tokens=num_tokens, progress=progress).moments
-        known.save_pretrained(folder)
-    return known
+    """Statistics of a clean model's own text from the cache folder; what is missing there is computed and added."""
+    count = default_tokens(base, modules) if num_tokens is None else num_tokens
+    source = _Samples(base, count, 0, True, progress)
+    return KeyStatistics(base.fingerprint, _moments(base, modules, source, True, progress), [source.description])
+
+
+def open_statistics(
+    base: Base, modules: Sequence[str], given: Any, *, num_tokens: int | None = None, progress: bool = True
+) -> KeyStatistics:
+    """The statistics that a method works with.
+
+    Args:
+        given: `KeyStatistics`, the folder of saved ones, or None for those of the model's own text (`cached_statistics`).
+
+    Raises:
+        BaseMismatchError: the given ones belong to another model.
+        ValueError: they lack a module, or `given` is nothing of this kind.
+    """
+    if given is None:
+        return cached_statistics(base, modules, num_tokens=num_tokens, progress=progress)
+    if isinstance(given, (str, os.PathLike)):
+        given = KeyStatistics.from_pretrained(given)
+    if not isinstance(given, KeyStatistics):
+        raise ValueError(f"statistics are KeyStatistics or the folder of saved ones, not {type(given).__name__}")
+    given.check(base, modules)
+    return given
 
 
 def default_tokens(base: Base, modules: Sequence[str]) -> int:
@@ -156,53 +246,290 @@ def default_tokens(base: Base, modules: Sequence[str]) -> int:
     return max(8192, 4 * max(weight_shape(base.model.get_submodule(name))[1] for name in modules))
 
 
-def _sampled(base: Base, num_tokens: int, seed: int, progress: bool) -> list[list[int]]:
-    """Texts that the model samples, kept in the cache: statistics of further modules read the same ones."""
-    folder = cache_folder("samples", base.fingerprint)
-    path = folder / f"{num_tokens}-{seed}.safetensors"
-    if path.exists():
-        return load_file(path)["ids"].tolist()
-    count = -(-num_tokens // _SAMPLE_LENGTH)
-    with bar(count * _SAMPLE_LENGTH, "sampling text for key statistics", "token", progress) as shown:
-        rows = sample_ids(base, count, _SAMPLE_LENGTH, seed, listener=shown.update)
-    rows = [row[:_SAMPLE_LENGTH] for row in rows]
-    with atomic_path(path) as temporary:
-        save_file({"ids": torch.tensor(rows)}, temporary)
-    return rows
+# --- text to read -------------------------------------------------------------------------------------------------------
 
 
-def _tokenised(base: Base, texts: Sequence[str], num_tokens: int) -> list[list[int]]:
-    """Texts as token rows of at most 512 tokens, up to the budget."""
-    rows: list[list[int]] = []
-    left = num_tokens
-    for text in texts:
-        if left <= 0:
-            break
-        ids = base.tokenizer(text)["input_ids"][:left]
-        rows += [ids[i : i + 512] for i in range(0, len(ids), 512)]
-        left -= len(ids)
-    if not rows:
-        raise ValueError("texts holds no token; give text, or texts=None to let the model sample its own")
-    return rows
+class _Source(Protocol):
+    """Rows of token ids; the first n rows are the same whatever the budget."""
+
+    name: str  # of the folder that its sums are kept in
+    description: str
+    count: int  # rows
+
+    def digest(self, count: int) -> str:
+        """What identifies the first `count` rows among sources of one name."""
+        ...
+
+    def rows(self) -> Sequence[Sequence[int]]:
+        """All rows."""
+        ...
 
 
-def _second_moments(base: Base, modules: Sequence[str], rows: list[list[int]], progress: bool) -> dict[str, Moment]:
+class _Samples:
+    """Text that the model samples itself, in pieces that are kept in the cache folder: whatever is computed of it later, and
+    however often the work is cut short, each piece is sampled once."""
+
+    def __init__(self, base: Base, num_tokens: int, seed: int, keep: bool, progress: bool) -> None:
+        self.name = f"samples-{seed}"
+        self.description = f"the model's own samples, seed {seed}"
+        self.count = -(-num_tokens // _SAMPLE_LENGTH)
+        self._base, self._seed, self._keep, self._progress = base, seed, keep, progress
+
+    def digest(self, count: int) -> str:
+        return self.name
+
+    def rows(self) -> list[list[int]]:
+        rows: list[list[int]] = []
+        with bar(self.count * _SAMPLE_LENGTH, "sampling text for key statistics", "token", self._progress) as shown:
+            for piece in range(-(-self.count // _SAMPLE_ROWS)):
+                rows += self._piece(piece, shown.update)
+        return rows[: self.count]
+
+    def _piece(self, piece: int, listener: Callable[[int], None]) -> list[list[int]]:
+        if not self._keep:
+            return self._sampled(piece, listener)
+        path = cache_folder("samples", self._base.fingerprint) / f"{self._seed}-{piece}.safetensors"
+        try:
+            rows = load_file(path)["ids"].tolist()
+            listener(_SAMPLE_ROWS * _SAMPLE_LENGTH)
+        except (FileNotFoundError, SafetensorError, KeyError):
+            rows = self._sampled(piece, listener)
+            with atomic_path(path) as temporary:
+                save_file({"ids": torch.tensor(rows)}, temporary)
+        return rows
+
+    def _sampled(self, piece: int, listener: Callable[[int], None]) -> list[list[int]]:
+        first = piece * _SAMPLE_ROWS % len(STARTERS)
+        starters = STARTERS[first:] + STARTERS[:first]
+        seed = self._seed + (piece << 32)
+        rows = sample_ids(self._base, _SAMPLE_ROWS, _SAMPLE_LENGTH, seed, starters, _SAMPLE_ROWS, listener)
+        return [row[:_SAMPLE_LENGTH] for row in rows]
+
+
+class _Texts:
+    """The user's texts as token rows, up to the budget; the row that reaches it is kept whole."""
+
+    def __init__(self, base: Base, texts: Any, num_tokens: int) -> None:
+        self._rows: list[list[int]] = []
+        left = num_tokens
+        for text in _strings(texts):
+            ids = base.tokenizer(text, verbose=False)["input_ids"]
+            for first in range(0, len(ids), _TEXT_LENGTH):
+                if left > 0:
+                    self._rows.append(ids[first : first + _TEXT_LENGTH])
+                    left -= len(self._rows[-1])
+            if left <= 0:
+                break
+        if not self._rows:
+            raise ValueError("texts holds no token; give text, or texts=None to let the model sample its own")
+        self.count = len(self._rows)
+        self.name = f"texts-{_hash(self._rows[:1])}"
+        self.description = f"texts {_hash(self._rows)}"
+
+    def digest(self, count: int) -> str:
+        return _hash(self._rows[:count])
+
+    def rows(self) -> list[list[int]]:
+        return self._rows
+
+
+def _strings(texts: Any) -> Iterator[str]:
+    """Texts one by one.
+
+    Raises:
+        ValueError: an item is neither a string nor a row with "text"; the message says which.
+    """
+    if isinstance(texts, (str, os.PathLike)):
+        yield from _strings(_lines(Path(texts)))
+        return
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"texts are strings, rows with 'text', or a path, not {type(texts).__name__}")
+    for number, item in enumerate(texts, start=1):
+        text = item.get("text") if isinstance(item, Mapping) else item
+        if not isinstance(text, str):
+            raise ValueError(f"texts, item {number}: neither a string nor a row with 'text': {item!r:.80}")
+        if text.strip():
+            yield text
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    suffix = path.suffix.lower()
+    if suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{path}: texts are read from .txt files (a text a line) and .jsonl files (rows with 'text')")
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                if line.strip():
+                    yield json.loads(line) if suffix == ".jsonl" else line.rstrip("\n")
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
+
+
+def _hash(rows: Sequence[Sequence[int]]) -> str:
+    return hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()[:16]
+
+
+# --- the sums -----------------------------------------------------------------------------------------------------------
+
+
+class _Sum:
+    """A module's sum of k k^T over the first rows of a source, kept in a file where there is a folder."""
+
+    def __init__(self, folder: Path | None, module: str, source: _Source) -> None:
+        self.folder, self.module, self.source = folder, module, source
+        self.rows = 0
+        self.moment: Moment | None = None
+        self._partial: Path | None = None  # of a run that has not come to its end
+        for rows, path in self._files():
+            if self._open(rows, path):
+                break
+
+    def _files(self) -> list[tuple[int, Path]]:
+        """What the folder has, the most rows first."""
+        if self.folder is None:
+            return []
+        found = [(path.stem.rpartition("-")[2], path) for path in self.folder.glob(f"{self.module}-*.safetensors")]
+        numbered = [(int(rows), path) for rows, path in found if rows.isdecimal() and path.stem == f"{self.module}-{rows}"]
+        return sorted((pair for pair in numbered if pair[0] <= self.source.count), reverse=True)
+
+    def _open(self, rows: int, path: Path) -> bool:
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            if metadata.get("text") != self.source.digest(rows):
+                return False
+            moment = Moment.stored(path, "total", int(metadata["tokens"]), metadata["digest"])
+            if rows < self.source.count:
+                _ = moment.total  # checked here, so that nothing is built on a damaged sum
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return False
+        self.rows, self.moment = rows, moment
+        self._partial = path if metadata.get("final") != "1" else None
+        return True
+
+    def put(self, total: torch.Tensor, tokens: int, rows: int) -> None:
+        """The sum over the first `rows` rows, written where sums are kept."""
+        self.rows, self.moment = rows, Moment.of_total(total, tokens)
+        if self.folder is None:
+            return
+        final = rows == self.source.count
+        metadata = {
+            "format": "pt",
+            "tokens": str(tokens),
+            "digest": self.moment.digest,
+            "text": self.source.digest(rows),
+            "final": str(int(final)),
+        }
+        path = self.folder / f"{self.module}-{rows}.safetensors"
+        with atomic_path(path) as temporary:
+            save_file({"total": folded(total)}, temporary, metadata)
+        if self._partial is not None and self._partial != path:
+            self._partial.unlink(missing_ok=True)
+        self._partial = None if final else path
+        if final:
+            self.moment = Moment.stored(path, "total", tokens, self.moment.digest)
+
+
+def _moments(base: Base, modules: Sequence[str], source: _Source, keep: bool, progress: bool) -> dict[str, Moment]:
+    """Second moments of modules over a source: what is kept of them, extended by what is missing."""
+    folder = cache_folder("key_statistics", base.fingerprint, source.name) if keep else None
+    sums = {name: _Sum(folder, name, source) for name in modules}
+    missing = [s for s in sums.values() if s.rows < source.count]
+    if missing:
+        with frozen(base.model):
+            rows = source.rows()
+            for start in sorted({s.rows for s in missing}):
+                _extend(base, [s for s in missing if s.rows == start], rows, start, progress)
+    return {name: s.moment for name, s in sums.items() if s.moment is not None}
+
+
+def _extend(base: Base, sums: Sequence[_Sum], rows: Sequence[Sequence[int]], start: int, progress: bool) -> None:
+    """Add the rows from `start` on to sums that all stand there."""
     layout = base.layout()
-    last = max(_block_of(layout.blocks_path, name) for name in modules)
-    sums: dict[str, torch.Tensor] = {}
-    tokens = 0
-    with bar(len(rows), "key statistics", "text", progress) as shown:
-        for first in range(0, len(rows), 32):
-            group = rows[first : first + 32]
+    names = [s.module for s in sums]
+    last = max(_block_of(layout.blocks_path, name) for name in names)
+    totals = {s.module: s.moment.total for s in sums if s.moment is not None}
+    tokens = [0 if s.moment is None else s.moment.tokens for s in sums]
+    saved = time.monotonic()
+    with bar(len(rows) - start, "key statistics", "text", progress) as shown:
+        for first in range(start, len(rows), _GROUP):
+            group = rows[first : first + _GROUP]
             points = [(i, j) for i, row in enumerate(group) for j in range(len(row))]
-            keys, _ = read_keys_and_states(base.model, layout, group, points, modules=modules, last=last)
+            keys, _ = read_keys_and_states(base.model, layout, group, points, modules=names, last=last)
             for name, found in keys.items():
-                product = found.float().T @ found.float()
-                sums[name] = sums[name] + product.double().cpu() if name in sums else product.double().cpu()
-            tokens += len(points)
+                product = (found.float().T @ found.float()).cpu().double()
+                totals[name] = totals[name] + product if name in totals else product
+            tokens = [count + len(points) for count in tokens]
+            done = first + len(group)
+            if done == len(rows) or time.monotonic() - saved >= _CHECKPOINT_SECONDS:
+                for each, count in zip(sums, tokens, strict=True):
+                    each.put(totals[each.module], count, done)
+                saved = time.monotonic()
             shown.update(len(group))
-    return {name: Moment(total / tokens, tokens) for name, total in sums.items()}
+
+
+@contextmanager
+def _clean(model: Any, tokenizer: Any) -> Iterator[Base]:
+    """The model without its edits."""
+    if hasattr(model, "disable_edits"):
+        with model.disable_edits():
+            yield Base(model.get_base_model(), tokenizer if tokenizer is not None else model.tokenizer)
+        return
+    if tokenizer is None:
+        raise ValueError("give the model's tokenizer: KeyStatistics.compute(model, tokenizer)")
+    yield Base(model, tokenizer)
+
+
+def _module_names(base: Base, modules: Sequence[str | int] | None) -> list[str]:
+    layout = base.layout()
+    chosen = layout.recall_blocks() if modules is None else modules
+    if isinstance(chosen, (str, int)):
+        chosen = [chosen]
+    names = [layout.projection(module) if isinstance(module, int) else module for module in chosen]
+    if not names:
+        raise ValueError("modules is empty; give blocks or names of MLP output projections, or None for the default")
+    for name in names:
+        prefix = f"{layout.blocks_path}."
+        if not name.startswith(prefix) or name not in dict(base.model.named_modules()):
+            raise ValueError(f"{name!r} is no module of the model's blocks; give names such as {layout.projections[0]!r}")
+    return list(dict.fromkeys(names))
 
 
 def _block_of(blocks_path: str, module: str) -> int:
     return int(module.removeprefix(f"{blocks_path}.").split(".")[0])
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"hf_edit": __version__, **{name: version(name) for name in ("torch", "transformers", "safetensors")}}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The checked contents of a `key_statistics.json`."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} holds no key statistics (there is no {path.name}), or incomplete ones")
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise PackFormatError(f"{path} is not valid JSON: {error}") from error
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if isinstance(version, int) and version > _FORMAT_VERSION:
+        raise PackFormatError(
+            f"{path} has format {version}, this version of hf_edit reads {_FORMAT_VERSION}: pip install --upgrade hf-edit"
+        )
+    entry = {"tokens": int, "width": int, "digest": str}
+    whole = {"format_version": int, "fingerprint": str, "modules": dict, "sources": list, "versions": dict}
+    if not _matches(config, whole) or not all(_matches(e, entry) for e in config["modules"].values()):
+        raise PackFormatError(f"{path} is no description of key statistics: its keys or their types are wrong")
+    if not all(isinstance(s, str) for s in config["sources"]):
+        raise PackFormatError(f"{path}: 'sources' holds something that is no text")
+    return config
+
+
+def _matches(value: Any, kinds: Mapping[str, type]) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == kinds.keys()
+        and all(isinstance(value[k], kind) and not isinstance(value[k], bool) for k, kind in kinds.items())
+    )

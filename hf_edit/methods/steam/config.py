@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +47,19 @@ class SteamConfig(EditConfig):
     statistics_tokens: int | None = setting(
         None, "tokens of the model's own text behind the key statistics; by default four for each key dimension"
     )
+    statistics: Any = setting(
+        None, "the folder of saved `KeyStatistics`, or the object; by default those of the model's own text"
+    )
     anchor_weight: float = setting(4.0, "weight of the alignment with the semantic anchors; 0 is the base editor alone")
     anchor_blocks: tuple[int, ...] | None = setting(
         None, "blocks where the stream is aligned, all above the edited ones; by default the middle third"
     )
     centred: bool = setting(True, "align after taking off the mean state of all objects, which every state shares")
-    references: Any = setting("bank", "reference facts: 'bank', a path, or a list of facts whose targets are the objects")
+    references: Any = setting(
+        "bank",
+        "known facts of the same object: 'bank', 'wikidata', 'datasets:NAME', 'facts' (only the facts' own), a path, facts, a "
+        "function of the object, or a list of several of these",
+    )
     min_references: int = setting(3, "fewer recalled references than this make no anchor")
     max_references: int = setting(50, "references behind an anchor at most")
     max_per_relation: int = setting(10, "references of one relation at most")
@@ -74,7 +82,22 @@ class SteamConfig(EditConfig):
         for name in ("lr", "clamp", "covariance_weight", "statistics_tokens"):
             require(getattr(self, name) is None or getattr(self, name) > 0, f"{name} must be positive")
 
+        require(
+            self.statistics is None or self.statistics_tokens is None,
+            "statistics_tokens is for the model's own text; leave it out where statistics are given",
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON types; references that were given as objects become the word "given"."""
-        values = super().to_dict()
-        return values if isinstance(self.references, str) else {**values, "references": "given"}
+        """The settings as JSON types; references and statistics that were given as objects become the word "given"."""
+        return {**super().to_dict(), "references": _named(self.references), "statistics": _named(self.statistics)}
+
+
+def _named(value: Any) -> Any:
+    """What can be written down of a source: words and paths; "given" for an object."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)) and any(isinstance(part, (str, os.PathLike)) for part in value):
+        return [_named(part) for part in value]
+    return "given"

@@ -12,7 +12,7 @@ from ...base import Base
 from ...errors import PackFormatError
 from ...facts import Fact
 from ...layout import Layout, weight_shape, write_scale
-from ...statistics import KeyStatistics, cached_statistics
+from ...statistics import KeyStatistics, open_statistics
 from ...suffix import frozen
 from ...texts import sample_contexts
 from ...weights.attach import Factors, WeightAttachment
@@ -26,7 +26,6 @@ from .config import SteamConfig
 __all__ = ["Steam"]
 
 _PARTS = ("left", "right", "gram")
-_FIRST_DEPTH, _LAST_DEPTH = 0.13, 0.265  # blocks 4 to 8 of 30 to 32
 
 
 class Steam:
@@ -134,7 +133,9 @@ class _Job:
         layout = base.layout(config.edit_module)
         layers = _layers(base, layout, config, editor)
         modules = [layout.projection(block) for block in layers]
-        statistics = cached_statistics(base, modules, num_tokens=config.statistics_tokens, progress=progress)
+        statistics = open_statistics(
+            base, modules, config.statistics, num_tokens=config.statistics_tokens, progress=progress
+        )
         contexts = sample_contexts(base, config.contexts, config.context_length, seed)
         return cls(base, config, editor, layout, layers, statistics, contexts, progress)
 
@@ -185,7 +186,7 @@ def _layers(base: Base, layout: Layout, config: SteamConfig, editor: str) -> tup
     if config.layers is not None:
         layers = tuple(sorted({layout.block(b) for b in config.layers}))
     else:
-        layers = tuple(range(layout.at_depth(_FIRST_DEPTH), layout.at_depth(_LAST_DEPTH) + 1))
+        layers = tuple(layout.recall_blocks())
         # Behind a norm a residual can't be spread over several blocks.
         if write_scale(base.model, layout, layers[-1]) is None:
             layers = layers[-1:]
