@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         MergeError,
         PackFormatError,
         PackSecurityError,
+        SourceUnavailableError,
         SubjectNotFoundError,
         UnsupportedArchitectureError,
     )
@@ -42,6 +43,7 @@ _HOMES = {
         "MergeError",
         "PackFormatError",
         "PackSecurityError",
+        "SourceUnavailableError",
         "SubjectNotFoundError",
         "UnsupportedArchitectureError",
     ),
@@ -70,6 +72,7 @@ __all__ = [
     "PackFormatError",
     "PackSecurityError",
     "Question",
+    "SourceUnavailableError",
     "SteamConfig",
     "SubjectNotFoundError",
     "UnsupportedArchitectureError",

@@ -31,3 +31,7 @@ class SubjectNotFoundError(HfEditError, ValueError):
 
 class MergeError(HfEditError, RuntimeError):
     """The edits in force cannot be written into plain weights."""
+
+
+class SourceUnavailableError(HfEditError, ConnectionError):
+    """An online source of reference facts does not answer."""

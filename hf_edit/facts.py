@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import ConflictingEditsError, SubjectNotFoundError
 
-__all__ = ["Fact", "Question", "read_facts", "resolve_conflicts"]
+__all__ = ["Fact", "Question", "fold", "read_facts", "resolve_conflicts"]
 
 _HINT = "Write the prompt with one {} where the subject stands, or with the subject in plain text."
 
@@ -73,12 +73,15 @@ class Fact:
         rephrases: other wordings of the prompt, with ``{}`` or the subject in plain text.
         locality: questions whose answers must not change.
         portability: questions whose answers follow from the fact.
+        references: other facts, known to the model, that share the target; STEAM reads its anchors there. Each is a text that
+            the target completes, or a `Fact` (also as a mapping or a (subject, prompt) pair) without the target.
         source: where the fact comes from.
         id: by default a hash of the fact's canonical JSON.
 
     Raises:
         SubjectNotFoundError: the prompt holds neither ``{}`` nor the subject.
-        ValueError: a field is empty, holds control characters, or the prompt holds more than one ``{}``.
+        ValueError: a field is empty, holds control characters, or the prompt holds more than one ``{}``; a reference is about
+            this fact's subject or has another target.
     """
 
     subject: str
@@ -91,6 +94,7 @@ class Fact:
     portability: tuple[Question, ...] = ()
     source: str | None = None
     id: str | None = None
+    references: tuple[str | Fact, ...] = ()
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -105,6 +109,8 @@ class Fact:
         put(self, "rephrases", tuple(_rephrase(r, names) for r in rephrases))
         put(self, "locality", tuple(Question.of(q) for q in _several(self.locality, "locality")))
         put(self, "portability", tuple(Question.of(q) for q in _several(self.portability, "portability")))
+        references = (_reference(r, self) for r in _several(self.references, "references"))
+        put(self, "references", tuple(dict.fromkeys(references)))
         if self.source is not None:
             put(self, "source", _text(self.source, "source"))
         if self.id is None:
@@ -121,7 +127,7 @@ class Fact:
     @property
     def key(self) -> tuple[str, str]:
         """What two facts share when they answer the same question: subject and wording, whatever their case."""
-        return _fold(self.subject), _fold(self.prompt)
+        return fold(self.subject), fold(self.prompt)
 
     def _content(self) -> dict[str, Any]:
         content: dict[str, Any] = {"subject": self.subject, "prompt": self.prompt, "target": self.target}
@@ -134,6 +140,10 @@ class Fact:
         for name in ("locality", "portability"):
             if getattr(self, name):
                 content[name] = [q.to_dict() for q in getattr(self, name)]
+        if self.references:
+            content["references"] = [
+                r if isinstance(r, str) else {"subject": r.subject, "prompt": r.prompt} for r in self.references
+            ]
         return content
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,6 +183,7 @@ class Fact:
             rephrases=_list(_first(record, "rephrases", "rephrase_prompt", "rephrase", "generality", "paraphrase_prompts")),
             locality=_questions(_first(record, "locality", "neighborhood_prompts")),
             portability=_questions(record.get("portability")),
+            references=_references(record.get("references")),
             source=record.get("source"),
             id=None if record.get("id") is None else str(record["id"]),
         )
@@ -244,7 +255,7 @@ def resolve_conflicts(facts: Sequence[Fact], known: Sequence[Fact] = (), on_conf
         other = kept.get(fact.key) or in_force.get(fact.key)
         if other is None:
             kept[fact.key] = fact
-        elif _fold(other.target) == _fold(fact.target):
+        elif fold(other.target) == fold(fact.target):
             continue
         elif on_conflict == "error":
             raise ConflictingEditsError(
@@ -290,7 +301,7 @@ def _text(value: Any, name: str) -> str:
 
 
 def _several(value: Any, name: str) -> tuple[Any, ...]:
-    if isinstance(value, (str, Question)):
+    if isinstance(value, (str, Question, Fact)):
         return (value,)
     if isinstance(value, Iterable) and not isinstance(value, Mapping):
         return tuple(value)
@@ -308,6 +319,35 @@ def _template(prompt: str, subject: str, name: str) -> str:
     if not mentions:
         raise SubjectNotFoundError(f"the subject {subject!r} is not in the {name} {prompt!r:.120}. {_HINT}")
     return prompt[: mentions[-1].start()] + "{}" + prompt[mentions[-1].end() :]
+
+
+def _reference(value: Any, fact: Fact) -> str | Fact:
+    """A fact's reference, checked: a text, or a `Fact` of nothing but subject, prompt and the shared target."""
+    known: str | Fact
+    if isinstance(value, str):
+        known = said = _text(value, "references")
+        if "{}" in value:
+            raise ValueError(
+                f"references: {value!r:.120} holds {{}} and names no subject; give a mapping with subject and prompt"
+            )
+    else:
+        known = _shared(value, fact)
+        said = known.question
+    if re.search(rf"(?<!\w){re.escape(fold(fact.subject))}(?!\w)", fold(said)):
+        raise ValueError(f"references: {said!r:.120} mentions {fact.subject!r}, the subject of the edit; give others' facts")
+    return known
+
+
+def _shared(value: Any, fact: Fact) -> Fact:
+    if isinstance(value, Sequence) and len(value) == 2:
+        value = {"subject": value[0], "prompt": value[1]}
+    if isinstance(value, Mapping):
+        value = Fact.from_dict({"target": fact.target, **value})
+    if not isinstance(value, Fact):
+        raise ValueError(f"a reference is a text, a Fact, a mapping or a (subject, prompt) pair, not {value!r:.80}")
+    if fold(value.target) != fold(fact.target):
+        raise ValueError(f"references share the fact's target {fact.target!r}, and {value.question!r} has {value.target!r}")
+    return Fact(value.subject, value.prompt, fact.target)
 
 
 def _rephrase(text: str, names: Sequence[str]) -> str:
@@ -340,6 +380,14 @@ def _list(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
+def _references(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str) and value.startswith("["):  # a CSV cell that holds a JSON list
+        value = json.loads(value)
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, (str, Mapping, Fact)) else tuple(value)
+
+
 def _questions(value: Any) -> tuple[Question, ...]:
     if value is None:
         return ()
@@ -353,5 +401,6 @@ def _questions(value: Any) -> tuple[Question, ...]:
     return tuple(Question.of(q) for q in value)
 
 
-def _fold(text: str) -> str:
+def fold(text: str) -> str:
+    """A text as it is compared: without case, in one Unicode form, with single spaces."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())

@@ -238,9 +238,13 @@ def _beside(values: torch.Tensor, threshold: float, vectors: Callable[[slice], t
     return NullSpace(vectors(slice(k)).T.clone(), complement)
 
 
+def _crc(tensor: torch.Tensor) -> str:
+    return str(zlib.crc32(memoryview(tensor.numpy())))  # type: ignore[arg-type]
+
+
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Keep a factor; a full disk costs the next edit some time and this one nothing."""
-    checks = {name: str(zlib.crc32(tensor.numpy())) for name, tensor in tensors.items()}
+    checks = {name: _crc(tensor) for name, tensor in tensors.items()}
     try:
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, {"format": "pt", **checks})
@@ -256,7 +260,7 @@ def _read_triangle(path: Path, width: int) -> torch.Tensor | None:
     except (SafetensorError, OSError):
         return None
     right = packed.dtype == torch.float64 and packed.shape == (width + 1, (width + 1) // 2)
-    return unfolded(packed) if right and str(zlib.crc32(packed.numpy())) == check else None
+    return unfolded(packed) if right and _crc(packed) == check else None
 
 
 def _read_eigenvectors(path: Path, width: int, threshold: float) -> NullSpace | None:
@@ -265,7 +269,7 @@ def _read_eigenvectors(path: Path, width: int, threshold: float) -> NullSpace | 
         with safe_open(path, "pt") as file:
             values, check = file.get_tensor("values"), (file.metadata() or {}).get("values")
             vectors = file.get_slice("vectors")
-            if values.dtype != torch.float64 or str(zlib.crc32(values.numpy())) != check:
+            if values.dtype != torch.float64 or _crc(values) != check:
                 return None
             if vectors.get_dtype() != "F64" or [len(values), *vectors.get_shape()] != [width] * 3:
                 return None

@@ -280,8 +280,10 @@ class _Samples:
 
     def rows(self) -> list[list[int]]:
         rows: list[list[int]] = []
-        with bar(self.count * _SAMPLE_LENGTH, "sampling text for key statistics", "token", self._progress) as shown:
-            for piece in range(-(-self.count // _SAMPLE_ROWS)):
+        pieces = -(-self.count // _SAMPLE_ROWS)
+        tokens = pieces * _SAMPLE_ROWS * _SAMPLE_LENGTH
+        with bar(tokens, "sampling text for key statistics", "token", self._progress) as shown:
+            for piece in range(pieces):
                 rows += self._piece(piece, shown.update)
         return rows[: self.count]
 

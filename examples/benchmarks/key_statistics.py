@@ -38,7 +38,7 @@ COLUMNS = ("distance", "whitened", "energy", "outside")
 
 
 def held_out_keys(base: Base, modules: list[str], rows: int, blocks: range) -> dict[str, torch.Tensor]:
-    """Keys [tokens, in] of text sampled with another seed; the first token, whose key is nearly always the same, is left out."""
+    """Keys [tokens, in] of text sampled with another seed, without the first token, whose key is nearly always the same."""
     with frozen(base.model):
         texts = [row[:64] for row in sample_ids(base, rows, 64, HELD_OUT_SEED)]
         points = [(i, j) for i, row in enumerate(texts) for j in range(1, len(row))]

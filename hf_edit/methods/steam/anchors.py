@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import torch
 from ...base import Base
 from ...facts import Fact
 from ...positions import EncodedText, Text, encode, join
-from ...references import Reference, bank, references_for
+from ...references import Reference, balanced, bank, open_source
 from ...suffix import SuffixCache
 from .config import SteamConfig
 
@@ -75,7 +74,8 @@ def build_anchors(base: Base, facts: Sequence[Fact], blocks: tuple[int, ...], co
     """
     subjects = sorted({fact.subject for fact in facts})
     wanted = {fact.target.casefold(): fact.target for fact in facts}
-    pools = {key: _balanced(references_for(obj, config.references, subjects), config) for key, obj in wanted.items()}
+    find = open_source(config.references, facts=facts)
+    pools = {key: balanced(find(obj), 2 * config.max_references, config.max_per_relation) for key, obj in wanted.items()}
     general = _general(subjects)
     texts = [_text(r) for pool in pools.values() for r in pool] + [_text(r) for r in general]
     states, exact, near = _read(base, encode(base.tokenizer, texts), blocks)
@@ -102,16 +102,6 @@ def build_anchors(base: Base, facts: Sequence[Fact], blocks: tuple[int, ...], co
         centre,
         tuple(counts.get(key, 0) for key in keys),
     )
-
-
-def _balanced(found: list[Reference], config: SteamConfig) -> list[Reference]:
-    """At most so many of a relation, relations taking turns."""
-    by_relation: dict[str, list[Reference]] = defaultdict(list)
-    for reference in found:
-        by_relation[reference.relation].append(reference)
-    queues = [group[: config.max_per_relation] for group in by_relation.values()]
-    turns = max(map(len, queues), default=0)
-    return [queue[turn] for turn in range(turns) for queue in queues if turn < len(queue)][: 2 * config.max_references]
 
 
 def _general(exclude: Sequence[str]) -> list[Reference]:

@@ -133,9 +133,7 @@ class _Job:
         layout = base.layout(config.edit_module)
         layers = _layers(base, layout, config, editor)
         modules = [layout.projection(block) for block in layers]
-        statistics = open_statistics(
-            base, modules, config.statistics, num_tokens=config.statistics_tokens, progress=progress
-        )
+        statistics = open_statistics(base, modules, config.statistics, num_tokens=config.statistics_tokens, progress=progress)
         contexts = sample_contexts(base, config.contexts, config.context_length, seed)
         return cls(base, config, editor, layout, layers, statistics, contexts, progress)
 
