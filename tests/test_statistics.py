@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import CORPUS, FACTS, QUICK_STEAM, tiny_model
 
@@ -35,6 +36,14 @@ def own_cache(monkeypatch, tmp_path):
     """A cache folder that starts empty."""
     monkeypatch.setenv("HF_EDIT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def _other_model() -> torch.nn.Module:
+    """A model of the same shape with other weights."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.mlp.up_proj").weight.mul_(1.5)
+    return model
 
 
 def _same(one: KeyStatistics, other: KeyStatistics) -> bool:
@@ -146,7 +155,7 @@ def test_a_run_that_is_cut_short_goes_on_where_it_stopped(monkeypatch, model, to
 
     def failing_put(self, *args):
         put(self, *args)
-        if len(calls) == 4 and self.module == NAME:
+        if len(calls) == 3 and self.module == NAME:
             raise KeyboardInterrupt  # one module's sum is written and the other's isn't
 
     monkeypatch.setattr(statistics, "read_keys_and_states", failing)
@@ -247,7 +256,7 @@ def test_statistics_of_another_model_are_refused(computed, tmp_path, tokenizer):
     computed.save_pretrained(tmp_path)
     with pytest.raises(BaseMismatchError, match="another model"):
         KeyStatistics.from_pretrained(tmp_path, fingerprint="0" * 32)
-    other = EditableModelForCausalLM(tiny_model("mistral"), tokenizer)
+    other = EditableModelForCausalLM(_other_model(), tokenizer)
     for given in (tmp_path, str(tmp_path), computed):
         with pytest.raises(BaseMismatchError, match="another model"):
             other.edit(FACTS[0], progress=False, statistics=given, **_quick())
@@ -318,7 +327,7 @@ def test_what_can_not_be_added_is_refused(model, tokenizer, own_cache):
     assert len((one + KeyStatistics.compute(model, tokenizer, modules=[2], **settings)).moments) == 2
     assert (one + KeyStatistics.compute(model, tokenizer, modules=[1], seed=1, **settings)).moments[NAME].tokens == 512
     with pytest.raises(BaseMismatchError, match="two models"):
-        one + KeyStatistics.compute(tiny_model("mistral"), tokenizer, modules=[1], **settings)
+        one + KeyStatistics.compute(_other_model(), tokenizer, modules=[1], **settings)
 
 
 # --- in an edit ----------------------------------------------------------------------------------------------------------
@@ -408,7 +417,7 @@ def test_damaged_factors_are_made_again(kept, damage):
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert torch.equal(_moment().solve(keys), solved)
-    assert path.read_bytes() == whole
+    assert torch.equal(unfolded(safetensors.torch.load_file(path)["lower"]), unfolded(safetensors.torch.load(whole)["lower"]))
 
 
 def test_a_full_disk_costs_no_edit(monkeypatch, kept, caplog):
