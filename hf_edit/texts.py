@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .base import Base, seeded
 from .facts import Fact
@@ -23,13 +23,16 @@ STARTERS = (
 )  # fmt: skip
 
 
-def generate_ids(base: Base, prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+def generate_ids(
+    base: Base, prompts: Sequence[Sequence[int]], length: int, banned: Sequence[int] | None = None
+) -> list[list[int]]:
     """Continue prompts greedily, left-padded as one batch.
 
     Args:
         base: model and tokenizer.
         prompts: token ids.
         length: new tokens at most.
+        banned: for each prompt, a token that is never chosen.
 
     Returns:
         For each prompt, the new token ids up to and without the end of sequence.
@@ -45,9 +48,20 @@ def generate_ids(base: Base, prompts: Sequence[Sequence[int]], length: int) -> l
         pad_token_id=own.pad_token_id if own.pad_token_id is not None else min(ends, default=0),
     )
     with torch.no_grad():
-        out = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        ban = LogitsProcessorList([_Ban(banned)]) if banned is not None else None
+        out = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=ban)
     rows = out[:, ids.shape[1] :].tolist()
     return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
+
+
+class _Ban(LogitsProcessor):
+    """Never chooses one token a row."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = torch.tensor(tokens)[:, None]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.scatter(1, self._tokens.to(scores.device), -torch.inf)
 
 
 @torch.no_grad()
@@ -119,14 +133,16 @@ def sample_contexts(base: Base, count: int, length: int, seed: int) -> list[str]
 
 
 def target_tails(base: Base, facts: Sequence[Fact], length: int) -> list[str]:
-    """How the clean model goes on once a fact's target has been said: up to `length` tokens for each fact, as text."""
+    """How the clean model goes on once a fact's target has been said, and without its first token: up to `length` tokens for
+    each fact, as text."""
     if not length:
         return [""] * len(facts)
     texts = encode(base.tokenizer, [fact_text(f, target=f.target) for f in facts])
     tails: list[str] = []
     for first in range(0, len(texts), 64):
         rows = [t.ids for t in texts[first : first + 64]]
-        for row, new in zip(rows, generate_ids(base, rows, length), strict=True):
+        said = [t.labels[0] for t in texts[first : first + 64]]
+        for row, new in zip(rows, generate_ids(base, rows, length, said), strict=True):
             # decoded with what stands before it, so that its first space is kept
             before = base.tokenizer.decode(row, skip_special_tokens=True)
             tails.append(base.tokenizer.decode([*row, *new], skip_special_tokens=True)[len(before) :])

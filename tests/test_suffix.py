@@ -10,7 +10,8 @@ from hf_edit.base import Base
 from hf_edit.layout import find_layout
 from hf_edit.positions import pad
 from hf_edit.suffix import SuffixCache, caches_exactly, frozen, hidden_of, length_groups, read_keys_and_states
-from hf_edit.weights.values import ValueSettings, fact_texts, optimize_values
+from hf_edit.weights.prompts import fact_texts
+from hf_edit.weights.values import ValueSettings, optimize_values
 
 TEXTS = [[5, 9, 33, 7, 21, 40, 8, 60, 3], [9, 8, 7, 6, 5], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22]]
 CUTS = [4, 2, 7]
@@ -110,6 +111,8 @@ def _plain_losses(base, layout, fact, settings, scale):
     with torch.no_grad():
         clean = base.model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
     handle.remove()
+    clean[0, :, rows[0].labels[0]] = -10.0  # behind the target the clean model may not say it again
+    clean[0] = clean[0].log_softmax(-1)
     norm = states[0][0, rows[0].subject].norm() / (scale or 1.0)
     delta = torch.zeros(48, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=settings.lr)

@@ -26,7 +26,8 @@ from hf_edit.base import Base
 from hf_edit.positions import pad
 from hf_edit.suffix import frozen, hidden_of
 from hf_edit.texts import sample_contexts
-from hf_edit.weights.values import FactTexts, ValueSettings, fact_texts, optimize_values
+from hf_edit.weights.prompts import FactTexts, fact_texts
+from hf_edit.weights.values import ValueSettings, optimize_values
 
 
 def plain(base: Base, fact: FactTexts, settings: ValueSettings) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,6 +41,8 @@ def plain(base: Base, fact: FactTexts, settings: ValueSettings) -> tuple[torch.T
     handle = layout.blocks[settings.block].register_forward_hook(lambda _, __, output: seen.append(hidden_of(output)))
     with torch.no_grad():
         clean = base.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
+    clean[0, :, rows[0].labels[0]] = -10.0  # behind the target the clean model may not say it again
+    clean[0] = clean[0].log_softmax(-1)
     handle.remove()
     norm = seen[0][0, rows[0].subject].norm()
     unit = float(0.1 * norm / seen[0].shape[-1] ** 0.5)

@@ -10,8 +10,10 @@ from .base import EditConfig, Fit, Method
 
 __all__ = ["EditConfig", "Fit", "Method", "available_methods", "get_method", "register_method"]
 
-_BUILT_IN = {"steam": "hf_edit.methods.steam", "memit": "hf_edit.methods.steam", "rome": "hf_edit.methods.steam",
-             "lks": "hf_edit.methods.lks"}  # fmt: skip
+_BUILT_IN = {
+    **dict.fromkeys(("steam", "rome", "memit", "alphaedit"), "hf_edit.methods.steam"),
+    "lks": "hf_edit.methods.lks",
+}
 _methods: dict[str, Method] = {}
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from .attach import Factors
 
-__all__ = ["Update", "insert"]
+__all__ = ["Protected", "Update", "insert"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,35 @@ class Update:
 
     factors: Factors
     gram: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Protected:
+    """M = (A + Kp Kp^T)^-1, for an editor's own A^-1 and keys Kp of facts edited before, so that new facts leave them in place
+    (Kp is AlphaEdit's, arXiv 2410.02355, eq. 14; MEMIT takes it just as well).
+
+    Attributes:
+        keys: Kp, [in, earlier].
+        whitened: A^-1 Kp, [in, earlier].
+        own: X [in, n] -> A^-1 X.
+    """
+
+    keys: torch.Tensor
+    whitened: torch.Tensor
+    own: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, own: Callable[[torch.Tensor], torch.Tensor]) -> Protected:
+        """Protect keys, [in, earlier]; there may be none."""
+        return cls(keys.double(), own(keys.double()) if keys.shape[1] else keys.double(), own)
+
+    def precondition(self, K: torch.Tensor) -> torch.Tensor:
+        """M K = A^-1 K - A^-1 Kp (I + Kp^T A^-1 Kp)^-1 Kp^T A^-1 K, by the Woodbury identity: [in, n], float64."""
+        found = self.own(K.double())
+        if not self.keys.shape[1]:
+            return found
+        inner = torch.eye(self.keys.shape[1], dtype=torch.float64) + self.keys.T @ self.whitened
+        return found - self.whitened @ torch.linalg.solve(inner, self.keys.T @ found)
 
 
 def insert(keys: torch.Tensor, whitened: torch.Tensor, residuals: torch.Tensor) -> Update:

@@ -2,13 +2,19 @@
 
 A residual `delta` is added to the MLP's output at the subject's last token and optimised so that the model goes on with
 the target: L = mean NLL(target) + kl_factor KL(p_delta || p_0) + weight_decay |delta|/|v|^2, with Adam, |delta| clamped to
-clamp |v| after each step. The KL is read after "{subject} is a" and, which is ours, over a few tokens behind the target,
-where the sentence shall go on as the clean model would rather than say the target again. Facts are independent of each
-other and run together; see `hf_edit.suffix` for what is not run again.
+clamp |v| after each step. Ours on top of the papers:
+
+- The KL is read after "{subject} is a" and, where the same subject's other facts shall be spared, after more prompts about it.
+- A second KL is read over a few tokens behind the target, against the clean model that may not say the target again.
+- A fact that is sure enough (`enough`) stops pushing, and the balance between fit and KL is each fact's own (`balance`).
+- Steps take turns over the contexts and prompts (`rotation`), as stochastic gradient descent does over its batches.
+
+Facts are independent of each other and run together; see `hf_edit.suffix` for what is not run again.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,16 +22,21 @@ from typing import Protocol
 import torch
 
 from ..base import Base
-from ..facts import Fact
 from ..layout import Layout, write_scale
-from ..positions import EncodedText, encode, fact_text
+from ..positions import EncodedText
 from ..progress import bar
 from ..suffix import SuffixBatch, SuffixCache, caches_exactly, length_groups
-from ..texts import target_tails
+from .prompts import FactTexts
 
-__all__ = ["FactTexts", "Objective", "ValueSettings", "Values", "fact_texts", "optimize_values"]
+__all__ = ["Objective", "ValueSettings", "Values", "optimize_values"]
 
-ESSENCE = "{} is a"  # ROME's prompt for the KL term
+_SHORT = 0.05  # nats: a fact whose mean hinge is above this is short of `enough`
+_SHARES = (0.1, 20.0)  # least and greatest share of the fit in a fact's loss, under `balance`
+_SAID_AGAIN = -10.0  # log-probability that the clean model is left with for saying the target once more
+_PATIENCE, _GIVE = (
+    1.15,
+    0.9,
+)  # what a fact's share of the loss is multiplied with, after a step, while short of `enough` or past it
 
 
 @dataclass(frozen=True)
@@ -39,24 +50,27 @@ class ValueSettings:
     tail_factor: float
     weight_decay: float
     clamp: float | None
-
-
-@dataclass(frozen=True)
-class FactTexts:
-    """One fact's texts: `rewrites` are prompts with the target, the bare one first and with its tail; `kept` are read for the
-    KL term at their last token."""
-
-    rewrites: tuple[EncodedText, ...]
-    kept: tuple[EncodedText, ...]
+    enough: float | None = None
+    balance: bool = False
+    rotation: int = 1
 
 
 class Objective(Protocol):
-    """A further term of the loss that reads hidden states where the target is predicted."""
+    """A further term of the loss that reads hidden states where the target is predicted.
+
+    Attributes:
+        blocks: whose outputs it reads.
+        weight: of the term in the loss.
+        ratio: where it is given, each fact's weight is the one that makes the term's gradient this large, relative to the
+            rest's, before the first step.
+    """
 
     blocks: tuple[int, ...]
+    weight: float | None
+    ratio: float | None
 
     def loss(self, facts: Sequence[int], states: dict[int, torch.Tensor]) -> torch.Tensor:
-        """The term for each fact, already weighted: [facts].
+        """The term for each fact: [facts].
 
         Args:
             facts: indices of the facts of this batch among all facts.
@@ -80,29 +94,6 @@ class Values:
     states: torch.Tensor
     losses: torch.Tensor
     scale: float | None
-
-
-def fact_texts(base: Base, facts: Sequence[Fact], contexts: Sequence[str], tail_tokens: int = 0) -> list[FactTexts]:
-    """The texts that each fact's value is optimised on.
-
-    Args:
-        base: the clean model.
-        contexts: put in front of the prompt; the bare prompt always comes first.
-        tail_tokens: length of the clean model's own continuation behind the bare prompt's target.
-    """
-    prefixes = ("", *contexts)
-    tails = target_tails(base, facts, tail_tokens)
-    rewrites = encode(
-        base.tokenizer,
-        [
-            fact_text(f, prefix=p, target=f.target, tail=tail if not p else "")
-            for f, tail in zip(facts, tails, strict=True)
-            for p in prefixes
-        ],
-    )
-    kept = encode(base.tokenizer, [fact_text(f, prompt=ESSENCE) for f in facts])
-    width = len(prefixes)
-    return [FactTexts(tuple(rewrites[i * width : (i + 1) * width]), (kept[i],)) for i in range(len(facts))]
 
 
 def optimize_values(
@@ -134,7 +125,7 @@ def optimize_values(
     with bar(len(texts) * settings.steps, "optimising values", "step", progress) as shown:
         for first in range(0, len(texts), batch_facts):
             group = range(first, min(first + batch_facts, len(texts)))
-            problem = _Problem(base, layout, place, [texts[i] for i in group], objective, prefixes)
+            problem = _Problem(base, layout, place, [texts[i] for i in group], objective, prefixes, settings.rotation)
             for _ in problem.optimize(settings, list(group)):
                 shown.update(len(group))
             parts.append((problem.delta.detach(), problem.states, problem.losses))
@@ -168,29 +159,36 @@ class _Problem:
         facts: Sequence[FactTexts],
         objective: Objective | None,
         prefixes: bool,
+        rotation: int,
     ) -> None:
         self.objective = objective
         self.place = place
-        rows = [_Row(f, text, True, i == 0) for f, fact in enumerate(facts) for i, text in enumerate(fact.rewrites)]
-        rows += [_Row(f, text, False, False) for f, fact in enumerate(facts) for text in fact.kept]
-        bare = [r for r, row in enumerate(rows) if row.bare]
+        rows = [row for f, fact in enumerate(facts) for row in _rows(f, fact, rotation)]
+        first = [r for r, row in enumerate(rows) if row.bare and row.turn == 0]
         kept = [(r, p) for r, row in enumerate(rows) for p in row.kept]
 
         cache = SuffixCache(base.model, layout, place.start)
-        read_at = kept + [(r, rows[r].text.subject) for r in bare]
+        read_at = kept + [(r, rows[r].text.subject) for r in first]
         clean = cache.add([r.ids for r in rows], [r.text.subject if prefixes else 0 for r in rows], read_at, (place.block,))
         assert clean.logits is not None
-        kept_log_probs = dict(zip(kept, clean.logits[: len(kept)].log_softmax(-1), strict=True))
+        logits = clean.logits[: len(kept)]
+        for i, (r, _) in enumerate(kept):
+            if rows[r].rewrite:  # behind the target: how the model would go on, were it not to say the target again
+                logits[i, rows[r].text.labels[0]] = logits[i].logsumexp(-1) + _SAID_AGAIN
+        kept_log_probs = dict(zip(kept, logits.log_softmax(-1), strict=True))
         self.states = clean.states[place.block][len(kept) :].float()
-        self.parts = [
-            _Part(cache, place, [(r, rows[r]) for r in group], facts, kept_log_probs)
-            for group in length_groups([len(s.ids) - s.cut for s in cache.spans], base.device)
+        self.turns = [
+            [
+                _Part(cache, place, [(numbers[i], rows[numbers[i]]) for i in group], kept_log_probs, len(facts))
+                for group in length_groups([len(cache.spans[n].ids) - cache.spans[n].cut for n in numbers], base.device)
+            ]
+            for numbers in ([r for r, row in enumerate(rows) if row.turn == turn] for turn in range(rotation))
         ]
         # Where the MLP's output joins the stream as it is, |v| is the stream's norm (MEMIT); behind a norm it is the MLP
         # output's own (ROME).
         if place.scale is None:
-            outputs = {row: output for part in self.parts for row, output in part.clean_outputs().items()}
-            self.norms = torch.stack([outputs[r] for r in bare]).norm(dim=1)
+            outputs = {row: output for part in self.turns[0] for row, output in part.clean_outputs().items()}
+            self.norms = torch.stack([outputs[r] for r in first]).norm(dim=1)
         else:
             self.norms = self.states.norm(dim=1) / abs(place.scale)
         self.delta = torch.zeros_like(self.states)
@@ -204,49 +202,73 @@ class _Problem:
         unit = torch.full_like(norms, settings.lr) if settings.lr else 0.1 * norms / self.delta.shape[1] ** 0.5
         steps = (self.delta.detach() / unit[:, None]).requires_grad_()
         adam = torch.optim.Adam([steps], lr=1.0)
+        share = torch.ones_like(norms)  # of the fit in each fact's loss
+        weight: torch.Tensor | None = None  # of the objective
         losses = []
-        for _ in range(settings.steps):
+        for number in range(settings.steps):
             adam.zero_grad()
             self.delta = steps * unit[:, None]
-            fit, aligned = self.loss(settings.kl_factor, settings.tail_factor)
-            losses.append(fit.detach())
-            loss = (fit + settings.weight_decay * self.delta.norm(dim=1) / norms**2).sum()
+            fit, kept, tail, aligned = self.terms(self.turns[number % len(self.turns)], settings.enough)
+            losses.append((fit + settings.kl_factor * kept + settings.tail_factor * tail).detach())
+            loss = share * fit + settings.kl_factor * kept + settings.tail_factor * tail
+            loss = (loss + settings.weight_decay * self.delta.norm(dim=1) / norms**2).sum()
             if self.objective is not None:
-                loss = loss + self.objective.loss(facts, aligned).sum()
+                term = self.objective.loss(facts, aligned)
+                if weight is None:
+                    weight = _weights(self.objective, term, loss, steps)
+                loss = loss + (weight * term).sum()
             loss.backward()
             adam.step()
             with torch.no_grad():
                 length = steps.norm(dim=1) * unit
                 steps *= torch.minimum(torch.ones_like(length), clamp * norms / length.clamp(min=1e-12))[:, None]
+                if settings.balance:
+                    share = (share * torch.where(fit > _SHORT, _PATIENCE, _GIVE)).clamp(*_SHARES)
             yield
         self.delta = (steps * unit[:, None]).detach()
         if losses:
             self.losses = torch.stack(losses)
 
-    def loss(self, kl_factor: float, tail_factor: float) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """NLL + KL of each fact, and the states that the objective reads, in the order of the facts."""
+    def terms(
+        self, parts: Sequence[_Part], enough: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]:
+        """NLL, KL after kept prompts and KL behind the target of each fact, and the states that the objective reads."""
         blocks = self.objective.blocks if self.objective else ()
-        total = torch.zeros(len(self.delta), device=self.delta.device)
+        sums = torch.zeros(3, len(self.delta), device=self.delta.device)
         states: dict[int, dict[int, torch.Tensor]] = {block: {} for block in blocks}
-        for part in self.parts:
-            losses, found = part.loss(self.delta, kl_factor, tail_factor, blocks)
-            total = total + losses
+        for part in parts:
+            terms, found = part.terms(self.delta, enough, blocks)
+            sums = sums + terms
             for block in blocks:
                 states[block].update(zip(part.state_facts, found[block], strict=True))
-        return total, {b: torch.stack([by_fact[f] for f in range(len(self.delta))]) for b, by_fact in states.items()}
+        aligned = {b: torch.stack([by_fact[f] for f in range(len(self.delta))]) for b, by_fact in states.items()}
+        return sums[0], sums[1], sums[2], aligned
+
+
+def _weights(objective: Objective, term: torch.Tensor, loss: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """The objective's weight for each fact, [facts]; facts are independent, so each row of a gradient is one fact's own."""
+    if objective.ratio is None:
+        return torch.full_like(term, objective.weight or 0.0).detach()
+    rest, own = (torch.autograd.grad(t, steps, retain_graph=True)[0].norm(dim=1) for t in (loss, term.sum()))
+    return objective.ratio * rest / own.clamp(min=1e-12)
 
 
 @dataclass(frozen=True)
 class _Row:
+    """A text in one turn of the rotation. `share` is its part of the mean that it belongs to."""
+
     fact: int
     text: EncodedText
-    rewrite: bool
-    bare: bool
+    turn: int
+    share: float
+    rewrite: bool = False
+    bare: bool = False
+    tail: bool = False
 
     @property
     def ids(self) -> tuple[int, ...]:
         # a rewrite's last token predicts nothing that is read, so it need not run
-        return self.text.ids[:-1] if self.rewrite else self.text.ids
+        return self.text.ids[: -1 if self.tail else self.text.target[1] - 1] if self.rewrite else self.text.ids
 
     @property
     def kept(self) -> range:
@@ -254,16 +276,31 @@ class _Row:
         return range(self.text.target[1] - 1, len(self.ids))
 
 
+def _rows(fact: int, texts: FactTexts, rotation: int) -> list[_Row]:
+    """A fact's rows: in each turn the bare prompt, some contexts and some kept prompts; the tail in the first turn."""
+    bare, *contexts = texts.rewrites
+    rows = []
+    for turn in range(rotation):
+        chosen = contexts[turn::rotation]
+        share = 1 / (1 + len(chosen))
+        has_tail = turn == 0 and len(bare.ids) > bare.target[1]
+        rows.append(_Row(fact, bare, turn, share, rewrite=True, bare=True, tail=has_tail))
+        rows += [_Row(fact, text, turn, share, rewrite=True) for text in chosen]
+        kept = texts.kept[turn::rotation]
+        rows += [_Row(fact, text, turn, 1 / len(kept)) for text in kept]
+    return rows
+
+
 class _Part:
-    """Rows of similar suffix length, which run as one padded batch."""
+    """Rows of one turn and of similar suffix length, which run as one padded batch."""
 
     def __init__(
         self,
         cache: SuffixCache,
         place: _Place,
         rows: Sequence[tuple[int, _Row]],
-        facts: Sequence[FactTexts],
         kept_log_probs: dict[tuple[int, int], torch.Tensor],
+        count: int,
     ) -> None:
         self.place = place
         self.numbers = [number for number, _ in rows]
@@ -276,22 +313,20 @@ class _Part:
         self.state_facts = [self.rows[i].fact for i, _ in state]
         self.reads, self.counts = labels + kept + state, (len(labels), len(kept))
         self.fact_of_row = torch.tensor([row.fact for row in self.rows], device=device)
-        self.columns = [self.batch.column(i, row.text.subject) for i, row in enumerate(self.rows)]
+        self.at = (
+            torch.arange(len(self.rows), device=device),
+            torch.tensor([self.batch.column(i, row.text.subject) for i, row in enumerate(self.rows)], device=device),
+        )
         self.labels = torch.tensor([self.rows[i].text.ids[p + 1] for i, p in labels], dtype=torch.long, device=device)
         self.clean = torch.stack([kept_log_probs[self.numbers[i], p] for i, p in kept]) if kept else None
-
-        def of(points: list[tuple[int, int]]) -> torch.Tensor:
-            return torch.tensor([self.rows[i].fact for i, _ in points], dtype=torch.long, device=device)
-
-        self.label_fact, self.kept_fact = of(labels), of(kept)
-        # means over a text's target tokens, then over the fact's texts; over kept texts; over the tail
-        self.label_weight = torch.tensor(
-            [1 / (len(row.text.labels) * len(facts[row.fact].rewrites)) for row in (self.rows[i] for i, _ in labels)],
-            device=device,
-        )
-        essence = [not self.rows[i].rewrite for i, _ in kept]
-        shares = [1 / (len(row.kept) if row.rewrite else len(facts[row.fact].kept)) for row in (self.rows[i] for i, _ in kept)]
-        self.kept_weight = torch.tensor([[s * e, s * (not e)] for s, e in zip(shares, essence, strict=True)], device=device)
+        # what each read adds to each term of each fact: [3 x facts, reads]
+        self.weights = torch.zeros(3 * count, len(labels) + len(kept), device=device)
+        for column, (i, _) in enumerate(labels + kept):
+            row = self.rows[i]
+            term = 0 if column < len(labels) else 2 if row.rewrite else 1
+            among = len(row.text.labels) if term == 0 else len(row.kept)
+            share = 1.0 if term == 2 else row.share
+            self.weights[term * count + row.fact, column] = share / among
 
     def clean_outputs(self) -> dict[int, torch.Tensor]:
         """By row number of the problem, the projection's clean output at the subject: [hidden]."""
@@ -303,18 +338,16 @@ class _Part:
 
         with torch.no_grad():
             self.batch.run((), hooks={self.place.projection: read}, logits=False)
-        return {n: seen[0][i, self.columns[i]].float() for i, n in enumerate(self.numbers)}
+        return dict(zip(self.numbers, seen[0][self.at].float(), strict=True))
 
-    def loss(
-        self, delta: torch.Tensor, kl_factor: float, tail_factor: float, blocks: Sequence[int]
+    def terms(
+        self, delta: torch.Tensor, enough: float | None, blocks: Sequence[int]
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """NLL + KL, summed into [facts], and by block the states of `state_facts`."""
+        """The three terms of `_Problem.terms`, [3, facts], and by block the states of `state_facts`."""
 
         def add(stream: torch.Tensor) -> torch.Tensor:
-            rows = torch.arange(len(self.rows), device=stream.device)
-            columns = torch.tensor(self.columns, device=stream.device)
             residuals = delta[self.fact_of_row] * (self.place.scale or 1.0)
-            return stream.index_put((rows, columns), residuals.to(stream.dtype), accumulate=True)
+            return stream.index_put(self.at, residuals.to(stream.dtype), accumulate=True)
 
         labels, kept = self.counts
         reads = self.reads if blocks else self.reads[: labels + kept]
@@ -323,14 +356,14 @@ class _Part:
         else:
             assert self.batch.inputs is not None
             out = self.batch.run(reads, states=blocks, inputs=add(self.batch.inputs))
-        total = torch.zeros(len(delta), device=delta.device)
+        costs = []
         assert out.logits is not None
         if labels:
             nll = torch.nn.functional.cross_entropy(out.logits[:labels], self.labels, reduction="none")
-            total = total.index_add(0, self.label_fact, (self.label_weight * nll).to(total))
+            # a target that is sure enough is not pushed any further
+            costs.append(nll if enough is None else (nll + math.log(enough)).clamp(min=0))
         if self.clean is not None:
             edited = out.logits[labels : labels + kept].log_softmax(-1)
-            kl = (edited.exp() * (edited - self.clean)).sum(-1)
-            weight = self.kept_weight @ self.kept_weight.new_tensor([kl_factor, tail_factor])
-            total = total.index_add(0, self.kept_fact, (weight * kl).to(total))
-        return total, {b: s[labels + kept :].float().to(delta.device) for b, s in out.states.items()}
+            costs.append((edited.exp() * (edited - self.clean)).sum(-1))
+        terms = (self.weights @ torch.cat(costs)).view(3, -1).to(delta.device)
+        return terms, {b: s[labels + kept :].float().to(delta.device) for b, s in out.states.items()}

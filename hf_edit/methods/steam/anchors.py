@@ -2,113 +2,253 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from ...base import Base
-from ...facts import Fact
+from ...cache import atomic_path, cache_folder
+from ...facts import Fact, fold
 from ...positions import EncodedText, Text, encode, join
-from ...references import Reference, balanced, bank, open_source
+from ...references import Reference, balanced, bank, bank_relations, open_source
 from ...suffix import SuffixCache
-from .config import SteamConfig
 
-__all__ = ["Alignment", "Anchors", "build_anchors"]
+__all__ = ["AnchorSettings", "Anchors", "ObjectAnchor", "anchor_of", "build_anchors", "informative_blocks"]
+
+T = TypeVar("T")
 
 _ENOUGH_EXACT = 5  # with fewer references that are recalled word for word, the first token among the top 10 will do
 _CENTRE_FACTS = 96
+_RELATION_FACTS = 8
+_BAND_OBJECTS, _BAND_REFERENCES = 48, 6
+
+
+@dataclass(frozen=True)
+class AnchorSettings:
+    """How anchors are made; see `SteamConfig`.
+
+    Attributes:
+        source: of the reference facts.
+        frame: "raw", "centred" or "object".
+        minimum, maximum, per_relation: numbers of references.
+    """
+
+    source: object
+    frame: str
+    minimum: int
+    maximum: int
+    per_relation: int
+
+
+@dataclass(frozen=True)
+class ObjectAnchor:
+    """What the references of one object leave behind.
+
+    Attributes:
+        mean: float32 [blocks, hidden], the mean state of the recalled references, at every block.
+        share: float32 [blocks, hidden], the same each reference less its relation's mean; zero where unknown.
+        count: references behind it; 0 for none.
+    """
+
+    mean: torch.Tensor
+    share: torch.Tensor
+    count: int
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """Anchors of facts' objects.
+    """Anchors of facts' objects, as directions from an origin.
 
     Attributes:
         blocks: where they were read.
-        states: by block, [facts, hidden] in float32; zero where a fact has no anchor.
-        centre: by block, [hidden]: the mean state before objects of all kinds.
+        origin: by block, [facts, hidden]: what is taken off a stream before it is compared. Zero in the raw frame, the mean
+            state before objects of all kinds in the centred one, the state of the fact's relation in the object frame.
+        states: by block, [facts, hidden]: direction of the new object; zero where a fact has no anchor.
+        old: by block, [facts, hidden]: direction of the old object; zero where it is unknown.
+        others: by block, [objects, hidden]: directions of other objects.
         counts: for each fact, the references behind its anchor; 0 for none.
     """
 
     blocks: tuple[int, ...]
+    origin: dict[int, torch.Tensor]
     states: dict[int, torch.Tensor]
-    centre: dict[int, torch.Tensor]
+    old: dict[int, torch.Tensor]
+    others: dict[int, torch.Tensor]
     counts: tuple[int, ...]
 
 
-class Alignment:
-    """The alignment term: weight x mean over blocks of 1 - cos(h, anchor), for facts that have an anchor.
-
-    Cosines in float32, between states less the centre where `centred`.
-
-    Args:
-        anchors: of all facts.
-        facts: indices of those that are optimised together.
-        weight: lambda.
-        centred: see above.
-    """
-
-    def __init__(self, anchors: Anchors, facts: Sequence[int], weight: float, centred: bool) -> None:
-        self.blocks = anchors.blocks
-        self.weight = weight
-        self._centre = {b: c if centred else torch.zeros_like(c) for b, c in anchors.centre.items()}
-        self._targets = {b: states[list(facts)] - self._centre[b] for b, states in anchors.states.items()}
-        self._known = torch.tensor([float(anchors.counts[f] > 0) for f in facts])
-
-    def loss(self, facts: Sequence[int], states: dict[int, torch.Tensor]) -> torch.Tensor:
-        """The weighted term for each fact: [facts]."""
-        distances = [
-            1 - torch.cosine_similarity(state - self._centre[b].to(state), self._targets[b][facts].to(state), dim=-1)
-            for b, state in states.items()
-        ]
-        distance = torch.stack(distances).mean(0)
-        return self.weight * self._known[facts].to(distance) * distance
-
-
-def build_anchors(base: Base, facts: Sequence[Fact], blocks: tuple[int, ...], config: SteamConfig) -> Anchors:
+def build_anchors(
+    base: Base, facts: Sequence[Fact], blocks: tuple[int, ...], settings: AnchorSettings, *, contrast: int = 0
+) -> Anchors:
     """Anchors of the facts' targets, read on the clean model.
 
     References are recalled when every token of the object is the model's first choice; where fewer than five are, when the
     object's first token is among its first ten.
-    """
-    subjects = sorted({fact.subject for fact in facts})
-    wanted = {fact.target.casefold(): fact.target for fact in facts}
-    find = open_source(config.references, facts=facts)
-    pools = {key: balanced(find(obj), 2 * config.max_references, config.max_per_relation) for key, obj in wanted.items()}
-    general = _general(subjects)
-    texts = [_text(r) for pool in pools.values() for r in pool] + [_text(r) for r in general]
-    states, exact, near = _read(base, encode(base.tokenizer, texts), blocks)
 
-    centre = {b: s[len(texts) - len(general) :].mean(0) for b, s in states.items()}
-    means: dict[str, dict[int, torch.Tensor]] = {}
-    counts: dict[str, int] = {}
-    at = 0
-    for key, pool in pools.items():
-        rows = range(at, at + len(pool))
-        at += len(pool)
-        recalled = [i for i in rows if exact[i]]
-        if len(recalled) < _ENOUGH_EXACT:
-            recalled = [i for i in rows if near[i]]
-        if len(recalled) >= config.min_references:
-            recalled = recalled[: config.max_references]
-            means[key] = {b: s[recalled].mean(0) for b, s in states.items()}
-            counts[key] = len(recalled)
-    nothing = {b: torch.zeros_like(c) for b, c in centre.items()}
-    keys = [fact.target.casefold() for fact in facts]
+    Args:
+        blocks: where the streams will be compared.
+        contrast: how many other objects of the bank to read anchors of, and the facts' old objects with them.
+    """
+    references = open_source(settings.source, facts=facts)
+
+    def anchor(obj: str) -> ObjectAnchor:
+        return anchor_of(base, obj, references(obj), settings)
+
+    found = {fold(f.target): f.target for f in facts}
+    anchors = {key: anchor(obj) for key, obj in found.items()}
+    old, others = {}, {}
+    if contrast:
+        old = {fold(f.target_old): anchor(f.target_old) for f in facts if f.target_old}
+        others = {obj: anchor(obj) for obj in _other_objects(contrast, {*anchors, *old})}
+        others = {obj: a for obj, a in others.items() if a.count}
+    general = _centre(base)
+    frame = settings.frame
+
+    def direction(a: ObjectAnchor, block: int) -> torch.Tensor:
+        if frame == "raw" or not a.count:
+            return a.mean[block]
+        return a.share[block] if frame == "object" else a.mean[block] - general[block]
+
+    nothing = ObjectAnchor(torch.zeros_like(general), torch.zeros_like(general), 0)
+    picked = [anchors[fold(f.target)] for f in facts]
+    before = [old.get(fold(f.target_old), nothing) if f.target_old else nothing for f in facts]
     return Anchors(
         blocks,
-        {b: torch.stack([means.get(key, nothing)[b] for key in keys]) for b in blocks},
-        centre,
-        tuple(counts.get(key, 0) for key in keys),
+        dict(zip(blocks, _origins(base, facts, blocks, frame, general), strict=True)),
+        {b: torch.stack([direction(a, b) for a in picked]) for b in blocks},
+        {b: torch.stack([direction(a, b) for a in before]) for b in blocks},
+        {b: torch.stack([direction(a, b) for a in others.values()]) if others else general[:0] for b in blocks},
+        tuple(a.count for a in picked),
     )
 
 
-def _general(exclude: Sequence[str]) -> list[Reference]:
-    """References to objects of all kinds, evenly taken from the bank."""
-    names = {name.casefold() for name in exclude}
-    first = [group[0] for group in bank().values() if group[0].subject.casefold() not in names]
-    return first[:: max(1, len(first) // _CENTRE_FACTS)][:_CENTRE_FACTS]
+def anchor_of(base: Base, obj: str, pool: Iterable[Reference], settings: AnchorSettings) -> ObjectAnchor:
+    """The anchor of one object from its references, cached on disk by model, object, references and numbers."""
+    chosen = balanced(list(pool), 2 * settings.maximum, settings.per_relation)
+    by_relation = _relation_means(base) if settings.frame == "object" else {}
+    texts = [_text(r) for r in chosen]
+    key = [fold(obj), [t.text for t in texts], settings.minimum, settings.maximum, bool(by_relation)]
+    hidden, blocks = base.layout().hidden_size, len(base.layout())
+
+    def read() -> dict[str, torch.Tensor]:
+        states, exact, near = _read(base, encode(base.tokenizer, texts), tuple(range(blocks)))
+        recalled = [i for i, hit in enumerate(exact) if hit]
+        if len(recalled) < _ENOUGH_EXACT:
+            recalled = [i for i, hit in enumerate(near) if hit]
+        recalled = recalled[: settings.maximum] if len(recalled) >= settings.minimum else []
+        known = [i for i in recalled if chosen[i].relation in by_relation]
+        free = [states[i] - by_relation[chosen[i].relation] for i in known]
+        nothing = torch.zeros(blocks, hidden)
+        return {
+            "mean": states[recalled].mean(0) if recalled else nothing,
+            "share": torch.stack(free).mean(0) if free else nothing,
+            "count": torch.tensor(len(recalled)),
+        }
+
+    if len(texts) < settings.minimum:
+        return ObjectAnchor(torch.zeros(blocks, hidden), torch.zeros(blocks, hidden), 0)
+    kept = _kept(base, key, read)
+    return ObjectAnchor(kept["mean"], kept["share"], int(kept["count"]))
+
+
+def informative_blocks(base: Base, above: int, width: int) -> tuple[int, ...]:
+    """The band of blocks where a state tells its object best: where the mean cosine of a reference to its own object's
+    anchor (made without it) exceeds that to other objects' anchors most. Found from the bank, once a model.
+
+    Args:
+        above: the last edited block; the band lies above it.
+        width: how many blocks.
+    """
+    gain = _kept(base, ["band"], lambda: {"gain": _object_gain(base)})["gain"]
+    starts = range(above + 1, max(above + 2, len(gain) - width + 1))
+    best = max(starts, key=lambda start: float(gain[start : start + width].mean()))
+    return tuple(range(best, min(best + width, len(gain))))
+
+
+def _object_gain(base: Base) -> torch.Tensor:
+    """By block, the mean cosine to the own anchor less that to the others': float32 [blocks]."""
+    pools = [balanced(list(group), _BAND_REFERENCES, 3) for group in bank().values()]
+    pools = [pool for pool in pools if len(pool) == _BAND_REFERENCES]
+    pools = list(_evenly(pools, _BAND_OBJECTS))
+    texts = encode(base.tokenizer, [_text(r) for pool in pools for r in pool])
+    states, _, _ = _read(base, texts, tuple(range(len(base.layout()))))
+    states = states.view(len(pools), _BAND_REFERENCES, *states.shape[1:]) - _centre(base)
+    sums = states.sum(1, keepdim=True)
+    own = torch.cosine_similarity(states, sums - states, dim=-1).mean((0, 1))
+    cross = torch.cosine_similarity(states[:, None], sums[None].squeeze(2)[:, :, None], dim=-1)  # state's object x anchor's
+    others = cross.mean((2,)).masked_fill(torch.eye(len(pools), dtype=torch.bool)[..., None], 0)
+    return own - others.sum((0, 1)) / (len(pools) * (len(pools) - 1))
+
+
+def _origins(
+    base: Base, facts: Sequence[Fact], blocks: tuple[int, ...], frame: str, general: torch.Tensor
+) -> list[torch.Tensor]:
+    """By block, what is taken off each fact's stream: [facts, hidden]."""
+    if frame == "raw":
+        return [torch.zeros(len(facts), general.shape[1]) for _ in blocks]
+    if frame == "centred":
+        return [general[b].expand(len(facts), -1) for b in blocks]
+    means = torch.stack(list(_relation_means(base).values()))
+    texts = encode(base.tokenizer, [_prompt(f) for f in facts])
+    states, _, _ = _read(base, texts, blocks)
+    centre = general[list(blocks)]
+    nearest = torch.cosine_similarity((states - centre)[:, None], means[:, blocks] - centre, dim=-1).mean(-1)
+    return [means[nearest.argmax(1), b] for b in blocks]
+
+
+def _relation_means(base: Base) -> dict[str, torch.Tensor]:
+    """By relation of the bank, the mean state before its objects: float32 [blocks, hidden]."""
+    relations = bank_relations()
+
+    def read() -> dict[str, torch.Tensor]:
+        chosen = [[Reference(r.name, s, r.prompts, o) for s, o in _evenly(r.facts, _RELATION_FACTS)] for r in relations]
+        texts = encode(base.tokenizer, [_text(ref) for group in chosen for ref in group])
+        states, _, _ = _read(base, texts, tuple(range(len(base.layout()))))
+        means = [part.mean(0) for part in states.split([len(group) for group in chosen])]
+        return {"means": torch.stack(means)}
+
+    means = _kept(base, ["relations"], read)["means"]
+    return {r.name: mean for r, mean in zip(relations, means, strict=True)}
+
+
+def _centre(base: Base) -> torch.Tensor:
+    """The mean state before objects of all kinds, evenly taken from the bank: float32 [blocks, hidden]."""
+
+    def read() -> dict[str, torch.Tensor]:
+        first = [group[0] for group in bank().values()]
+        chosen = _evenly(first, _CENTRE_FACTS)
+        states, _, _ = _read(base, encode(base.tokenizer, [_text(r) for r in chosen]), tuple(range(len(base.layout()))))
+        return {"centre": states.mean(0)}
+
+    return _kept(base, ["centre"], read)["centre"]
+
+
+def _other_objects(count: int, exclude: set[str]) -> Sequence[str]:
+    """Objects of the bank with many references, evenly taken."""
+    rich = [obj for obj, group in bank().items() if len(group) >= _BAND_REFERENCES and obj not in exclude]
+    return _evenly(rich, count)
+
+
+def _evenly(items: Sequence[T], count: int) -> Sequence[T]:
+    """At most `count` of the items, evenly taken."""
+    return items[:: max(1, len(items) // count)][:count]
+
+
+def _kept(base: Base, key: Sequence[object], make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Tensors from the cache, made at the first call for a model and key."""
+    name = hashlib.sha256(json.dumps([base.tokenizer_fingerprint, *key], ensure_ascii=False).encode()).hexdigest()[:32]
+    path = cache_folder("anchors", base.fingerprint) / f"{name}.safetensors"
+    if path.exists():
+        return load_file(path)
+    found = {k: t.contiguous() for k, t in make().items()}
+    with atomic_path(path) as temporary:
+        save_file(found, temporary)
+    return found
 
 
 def _text(reference: Reference) -> Text:
@@ -117,13 +257,20 @@ def _text(reference: Reference) -> Text:
     return Text(whole, None, (len(prompt), len(whole)))
 
 
+def _prompt(fact: Fact) -> Text:
+    """The fact's prompt with its target, whose first token is read before."""
+    whole = join(fact.question, fact.target)
+    return Text(whole, None, (len(fact.question), len(whole)))
+
+
 @torch.no_grad()
 def _read(
     base: Base, texts: Sequence[EncodedText], blocks: tuple[int, ...], batch: int = 32
-) -> tuple[dict[int, torch.Tensor], list[bool], list[bool]]:
-    """At each text's last prompt token: states by block, whether all of the object is recalled, whether it nearly is."""
+) -> tuple[torch.Tensor, list[bool], list[bool]]:
+    """At each text's last prompt token: states, float32 [texts, blocks, hidden] on the CPU; whether all of the object is
+    recalled; whether it nearly is."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
-    states: dict[int, dict[int, torch.Tensor]] = {b: {} for b in blocks}
+    states: dict[int, torch.Tensor] = {}
     exact: dict[int, bool] = {}
     near: dict[int, bool] = {}
     for first in range(0, len(order), batch):
@@ -139,11 +286,6 @@ def _read(
         for i, row, start in zip(group, rows, starts, strict=True):
             exact[i] = all(hits[start : start + len(row.labels)])
             near[i] = top[start]
-            for b in blocks:
-                states[b][i] = out.states[b][start].float().cpu()
+            states[i] = torch.stack([out.states[b][start].float().cpu() for b in blocks])
     count = range(len(texts))
-    return (
-        {b: torch.stack([s[i] for i in count]) for b, s in states.items()},
-        [exact[i] for i in count],
-        [near[i] for i in count],
-    )
+    return torch.stack([states[i] for i in count]), [exact[i] for i in count], [near[i] for i in count]

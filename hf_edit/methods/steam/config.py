@@ -7,9 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...weights.editors import EDITORS
+from ...weights.prompts import GENERIC_PROMPTS
 from ..base import EditConfig, require, setting
 
 __all__ = ["SteamConfig"]
+
+
+_FRAMES = ("raw", "centred", "object")
+_ALIGNMENTS = ("cosine", "contrastive")
+_AT_LEAST_ONE = (
+    "steps", "max_references", "max_per_relation", "min_references", "batch_facts", "context_length", "kept_prompts",
+    "rotation", "negatives",
+)  # fmt: skip
+_NOT_NEGATIVE = ("weight_decay", "kl_factor", "tail_factor", "tail_tokens", "anchor_weight", "contexts")
+_POSITIVE = (
+    "lr", "clamp", "covariance_weight", "statistics_tokens", "enough", "null_space_threshold", "ridge", "temperature",
+    "anchor_ratio",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,7 @@ class SteamConfig(EditConfig):
     structural = ("edit_module",)
 
     base_editor: str | None = setting(
-        None, "'rome', 'r_rome' or 'memit'; by default ROME for a single fact and MEMIT for several"
+        None, "'rome', 'r_rome', 'memit' or 'alphaedit'; by default ROME for a single fact and MEMIT for several"
     )
     layers: tuple[int, ...] | None = setting(
         None, "blocks to edit, ascending; ROME edits the last of them. By default those from 13 to 27 % of the depth"
@@ -35,7 +49,11 @@ class SteamConfig(EditConfig):
     steps: int = setting(20, "steps of Adam for each value")
     lr: float | None = setting(None, "step size of Adam; by default a tenth of the stream's root mean square")
     weight_decay: float = setting(0.5, "weight of |delta| / |v|^2")
-    kl_factor: float = setting(0.0625, "weight of KL(edited || clean) after '{subject} is a'")
+    kl_factor: float = setting(0.0625, "weight of KL(edited || clean) after prompts about the subject")
+    kept_prompts: int = setting(1, "how many such prompts; the first is '{subject} is a', up to 24")
+    enough: float | None = setting(None, "stop pushing a target whose probability is above this; None never stops")
+    balance: bool = setting(False, "let facts that are short of `enough` weigh fit over KL, and the others KL over fit")
+    rotation: int = setting(1, "take turns over contexts and kept prompts: each step runs this fraction of them")
     tail_factor: float = setting(0.25, "weight of KL(edited || clean) behind the target, which keeps it from being said again")
     tail_tokens: int = setting(6, "tokens behind the target that this term reads")
     clamp: float | None = setting(
@@ -44,6 +62,10 @@ class SteamConfig(EditConfig):
     contexts: int = setting(5, "sampled prefixes that the fact must also hold behind")
     context_length: int = setting(10, "tokens of such a prefix")
     covariance_weight: float | None = setting(None, "MEMIT's lambda; by default a tenth of the key's width")
+    null_space_threshold: float = setting(
+        0.02, "AlphaEdit: eigenvalues of the key statistics below this share of their mean count as null"
+    )
+    ridge: float = setting(0.1, "AlphaEdit's L2, relative to the mean squared length of the facts' projected keys")
     statistics_tokens: int | None = setting(
         None, "tokens of the model's own text behind the key statistics; by default four for each key dimension"
     )
@@ -51,10 +73,20 @@ class SteamConfig(EditConfig):
         None, "the folder of saved `KeyStatistics`, or the object; by default those of the model's own text"
     )
     anchor_weight: float = setting(4.0, "weight of the alignment with the semantic anchors; 0 is the base editor alone")
-    anchor_blocks: tuple[int, ...] | None = setting(
-        None, "blocks where the stream is aligned, all above the edited ones; by default the middle third"
+    anchor_ratio: float | None = setting(
+        None,
+        "takes the weight's place: the size of the alignment's gradient relative to the rest's, at the first step",
     )
-    centred: bool = setting(True, "align after taking off the mean state of all objects, which every state shares")
+    anchor_blocks: tuple[int, ...] | str | None = setting(
+        None,
+        "blocks where the stream is aligned, above the edited ones, or 'found' from the data; by default the middle third",
+    )
+    anchor_frame: str = setting(
+        "centred", "'raw'; 'centred' takes off the mean state of all objects, which every state shares; 'object' the relation's"
+    )
+    alignment: str = setting("cosine", "'cosine', or 'contrastive': InfoNCE against the old object's anchor and other objects'")
+    temperature: float = setting(0.1, "of the contrastive form")
+    negatives: int = setting(12, "other objects of the contrastive form")
     references: Any = setting(
         "bank",
         "known facts of the same object: 'bank', 'wikidata', 'datasets:NAME', 'facts' (only the facts' own), a path, facts, a "
@@ -75,12 +107,17 @@ class SteamConfig(EditConfig):
         )
         require(self.layers is None or len(self.layers) > 0, "layers is empty")
         require(self.layers is None or list(self.layers) == sorted(set(self.layers)), "layers must ascend")
-        for name in ("steps", "max_references", "max_per_relation", "min_references", "batch_facts", "context_length"):
+        for name, choices in (("anchor_frame", _FRAMES), ("alignment", _ALIGNMENTS)):
+            require(getattr(self, name) in choices, f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        require(not isinstance(self.anchor_blocks, str) or self.anchor_blocks == "found", "anchor_blocks: blocks, or 'found'")
+        for name in _AT_LEAST_ONE:
             require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        for name in ("weight_decay", "kl_factor", "tail_factor", "tail_tokens", "anchor_weight", "contexts"):
+        for name in _NOT_NEGATIVE:
             require(getattr(self, name) >= 0, f"{name} must not be negative")
-        for name in ("lr", "clamp", "covariance_weight", "statistics_tokens"):
+        for name in _POSITIVE:
             require(getattr(self, name) is None or getattr(self, name) > 0, f"{name} must be positive")
+        require(self.enough is None or self.enough < 1, "enough is a probability below 1")
+        require(self.kept_prompts <= len(GENERIC_PROMPTS), f"kept_prompts is at most {len(GENERIC_PROMPTS)}")
 
         require(
             self.statistics is None or self.statistics_tokens is None,

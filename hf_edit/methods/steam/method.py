@@ -12,15 +12,18 @@ from ...base import Base
 from ...errors import PackFormatError
 from ...facts import Fact
 from ...layout import Layout, weight_shape, write_scale
+from ...positions import encode, fact_text
 from ...statistics import KeyStatistics, open_statistics
 from ...suffix import frozen
 from ...texts import sample_contexts
 from ...weights.attach import Factors, WeightAttachment
-from ...weights.editors import EDITORS, Insertion
+from ...weights.editors import EDITORS, ONE_BY_ONE, Insertion
+from ...weights.prompts import fact_texts
 from ...weights.solve import Update
-from ...weights.values import ValueSettings, fact_texts, optimize_values
+from ...weights.values import ValueSettings, optimize_values
 from .. import Fit, register_method
-from .anchors import Alignment, build_anchors
+from .alignment import Alignment, Contrast
+from .anchors import Anchors, AnchorSettings, build_anchors, informative_blocks
 from .config import SteamConfig
 
 __all__ = ["Steam"]
@@ -56,20 +59,20 @@ class Steam:
         seed: int,
         progress: bool,
     ) -> Fit:
-        """See `hf_edit.methods.Method.fit`. ROME edits one fact at a time, each on top of the last; MEMIT all at once."""
+        """See `hf_edit.methods.Method.fit`. ROME edits one fact at a time, each on top of the last; others all at once."""
         editor = self._editor or config.base_editor or ("rome" if len(facts) == 1 else "memit")
-        weight = config.anchor_weight if self._anchored else 0.0
+        earlier = list(previous.facts) if previous else []
         with ExitStack() as stack:
             stack.enter_context(frozen(base.model))
             with clean():
                 job = _Job.prepare(base, config, editor, seed, progress)
-                blocks = job.anchor_blocks() if weight else ()
-                anchors = build_anchors(base, facts, blocks, config) if blocks else None
+                anchors = job.anchors(facts) if self._anchored and config.anchor_weight else None
             tensors: dict[str, torch.Tensor] = dict(previous.tensors) if previous else {}
-            groups = [range(len(facts))] if editor == "memit" else [range(i, i + 1) for i in range(len(facts))]
+            groups = [range(i, i + 1) for i in range(len(facts))] if editor in ONE_BY_ONE else [range(len(facts))]
             for group in groups:
-                objective = Alignment(anchors, list(group), weight, config.centred) if anchors else None
-                updates = job.fit([facts[i] for i in group], objective)
+                objective = job.objective(anchors, group) if anchors else None
+                updates = job.fit([facts[i] for i in group], objective, earlier)
+                earlier += [facts[i] for i in group]
                 tensors = _appended(tensors, updates)
                 attachment = WeightAttachment(base.model, {name: u.factors for name, u in updates.items()})
                 stack.callback(attachment.detach)
@@ -140,10 +143,12 @@ class _Job:
     def anchor_blocks(self) -> tuple[int, ...]:
         """The blocks to align at, all above the last edit layer; none where that is the model's last block."""
         chosen = self.config.anchor_blocks
-        if chosen is None:
-            third = range(self.layout.at_depth(1 / 3), self.layout.at_depth(2 / 3) + 1)
-            above = range(self.layers[-1] + 1, len(self.layout))
+        third = range(self.layout.at_depth(1 / 3), self.layout.at_depth(2 / 3) + 1)
+        above = range(self.layers[-1] + 1, len(self.layout))
+        if chosen is None or not above:
             return tuple(b for b in third if b in above) or tuple(above[:1])
+        if isinstance(chosen, str):
+            return informative_blocks(self.base, self.layers[-1], len(third))
         blocks = tuple(self.layout.block(b) for b in chosen)
         if min(blocks) <= self.layers[-1]:
             raise ValueError(
@@ -152,8 +157,25 @@ class _Job:
             )
         return blocks
 
-    def fit(self, facts: Sequence[Fact], objective: Alignment | None) -> dict[str, Update]:
-        """Values and their insertion, for facts that are edited together."""
+    def anchors(self, facts: Sequence[Fact]) -> Anchors | None:
+        """Anchors of the facts' targets; None where no block lies above the edit."""
+        config = self.config
+        settings = AnchorSettings(
+            config.references, config.anchor_frame, config.min_references, config.max_references, config.max_per_relation
+        )
+        blocks = self.anchor_blocks()
+        contrast = config.negatives if config.alignment == "contrastive" else 0
+        return build_anchors(self.base, facts, blocks, settings, contrast=contrast) if blocks else None
+
+    def objective(self, anchors: Anchors, group: Sequence[int]) -> Alignment:
+        """The alignment term of facts that are edited together."""
+        config = self.config
+        if config.alignment == "contrastive":
+            return Contrast(anchors, group, config.anchor_weight, config.anchor_ratio, temperature=config.temperature)
+        return Alignment(anchors, group, config.anchor_weight, config.anchor_ratio)
+
+    def fit(self, facts: Sequence[Fact], objective: Alignment | None, earlier: Sequence[Fact]) -> dict[str, Update]:
+        """Values and their insertion, for facts that are edited together on top of earlier ones."""
         config = self.config
         settings = ValueSettings(
             block=self.layers[-1],
@@ -163,8 +185,12 @@ class _Job:
             tail_factor=config.tail_factor,
             weight_decay=config.weight_decay,
             clamp=config.clamp,
+            enough=config.enough,
+            balance=config.balance,
+            rotation=config.rotation,
         )
-        texts = fact_texts(self.base, facts, self.contexts, config.tail_tokens if config.tail_factor else 0)
+        tail = config.tail_tokens if config.tail_factor else 0
+        texts = fact_texts(self.base, facts, self.contexts, tail, config.kept_prompts)
         values = optimize_values(
             self.base,
             texts,
@@ -175,8 +201,18 @@ class _Job:
             progress=self.progress,
         )
         width = weight_shape(self.base.model.get_submodule(self.layout.projection(self.layers[-1])))[1]
-        covariance_weight = config.covariance_weight or 0.1 * width
-        problem = Insertion(self.base, self.layout, self.layers, texts, values, self.statistics, covariance_weight)
+        problem = Insertion(
+            self.base,
+            self.layout,
+            self.layers,
+            texts,
+            values,
+            self.statistics,
+            encode(self.base.tokenizer, [fact_text(f) for f in earlier]),
+            covariance_weight=config.covariance_weight or 0.1 * width,
+            null_space_threshold=config.null_space_threshold,
+            ridge=config.ridge,
+        )
         return EDITORS[self.editor](problem)
 
 
@@ -188,7 +224,7 @@ def _layers(base: Base, layout: Layout, config: SteamConfig, editor: str) -> tup
         # Behind a norm a residual can't be spread over several blocks.
         if write_scale(base.model, layout, layers[-1]) is None:
             layers = layers[-1:]
-    return layers if editor == "memit" else layers[-1:]
+    return layers[-1:] if editor in ONE_BY_ONE else layers
 
 
 def _appended(tensors: dict[str, torch.Tensor], updates: dict[str, Update]) -> dict[str, torch.Tensor]:
@@ -224,3 +260,4 @@ def _note(count: int) -> str:
 register_method(Steam("steam"))
 register_method(Steam("rome", "rome", anchored=False))
 register_method(Steam("memit", "memit", anchored=False))
+register_method(Steam("alphaedit", "alphaedit", anchored=False))
