@@ -92,29 +92,34 @@ class SuffixCache:
         cuts: Sequence[int],
         reads: Sequence[tuple[int, int]] = (),
         states: Sequence[int] = (),
+        shared: Sequence[int] | None = None,
     ) -> Outputs:
         """Run texts through the clean model once and keep what later runs start from.
 
         Args:
             texts: token ids.
             cuts: for each text, the first token that later runs compute; 0 runs all of it.
+            shared: for each text, how many leading tokens, at most up to its cut, it has in common with other texts; they run
+                once. Only for models that cache exactly.
             reads: (text, position) pairs to read logits and `states` at in this clean pass.
             states: blocks whose outputs are read at `reads`.
 
         Returns:
             The clean outputs at `reads`, in their order.
         """
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         found: dict[int, tuple[torch.Tensor | None, dict[int, torch.Tensor]]] = {}
         spans: dict[int, Span] = {}
-        for rows in _batches(order, [len(t) for t in texts], self.model):
-            at = {row: i for i, row in enumerate(rows)}
-            wanted = [n for n, (text, _) in enumerate(reads) if text in at]
-            points = [(at[reads[n][0]], reads[n][1]) for n in wanted]
-            outputs = self._clean(rows, texts, cuts, points, states, spans)
-            for k, n in enumerate(wanted):
-                logits = outputs.logits[k] if outputs.logits is not None else None
-                found[n] = (logits, {block: s[k] for block, s in outputs.states.items()})
+        for prefix, members in _by_prefix(texts, shared or [0] * len(texts)).items():
+            past = self._run_prefix(prefix) if prefix else None
+            order = sorted(members, key=lambda i: len(texts[i]))
+            for rows in _batches(order, [len(t) - len(prefix) for t in texts], self.model):
+                at = {row: i for i, row in enumerate(rows)}
+                wanted = [n for n, (text, _) in enumerate(reads) if text in at]
+                points = [(at[reads[n][0]], reads[n][1] - len(prefix)) for n in wanted]
+                outputs = self._clean(rows, texts, cuts, points, states, spans, past)
+                for k, n in enumerate(wanted):
+                    logits = outputs.logits[k] if outputs.logits is not None else None
+                    found[n] = (logits, {block: s[k] for block, s in outputs.states.items()})
         self.spans += [spans[i] for i in range(len(texts))]
         if not reads:
             return Outputs(None, {})
@@ -129,15 +134,22 @@ class SuffixCache:
         points: Sequence[tuple[int, int]],
         states: Sequence[int],
         spans: dict[int, Span],
+        past: DynamicCache | None,
     ) -> Outputs:
         device = self.model.get_input_embeddings().weight.device
-        ids, mask = pad([texts[r] for r in rows], device=device)
+        before = past.get_seq_length() if past is not None else 0
+        ids, mask = pad([texts[r][before:] for r in rows], device=device)
+        mask = torch.cat([mask.new_ones(len(rows), before), mask], dim=1)
         cache = DynamicCache() if any(cuts[r] for r in rows) else None
+        if past is not None and cache is not None:
+            for block, layer in enumerate(past.layers):
+                cache.update(*(t.expand(len(rows), -1, -1, -1) for t in (layer.keys, layer.values)), block)
         raw: list[Any] = []
         with ExitStack() as stack:
             if self.start:
                 stack.enter_context(_reading(self.layout.blocks[self.start - 1], raw))
-            outputs = _forward(self.model, self.layout, stack, points, states, ids, mask, cache, _positions(mask))
+            places = _positions(mask)[:, before:]
+            outputs = _forward(self.model, self.layout, stack, points, states, ids, mask, cache, places)
         self._tuples = any(isinstance(output, tuple) for output in raw)
         inputs = [hidden_of(output) for output in raw]
         blocks = range(self.start, len(self.layout)) if cache is not None else range(0)
@@ -146,11 +158,19 @@ class SuffixCache:
             spans[row] = Span(
                 ids=tuple(texts[row]),
                 cut=cut,
-                inputs=inputs[0][i, cut:length].clone() if inputs else None,
+                inputs=inputs[0][i, cut - before : length - before].clone() if inputs else None,
                 keys=[cache.layers[b].keys[i, :, :cut].clone() for b in blocks] if cache is not None else [],
                 values=[cache.layers[b].values[i, :, :cut].clone() for b in blocks] if cache is not None else [],
             )
         return outputs
+
+    def _run_prefix(self, ids: Sequence[int]) -> DynamicCache:
+        """Keys and values of a text's beginning, all blocks."""
+        cache = DynamicCache()
+        row, mask = pad([ids], device=self.model.get_input_embeddings().weight.device)
+        with ExitStack() as stack:
+            _forward(self.model, self.layout, stack, (), (), row, mask, cache, _positions(mask), logits=False)
+        return cache
 
     def batch(self, indices: Sequence[int]) -> SuffixBatch:
         """Texts of the cache as one padded batch, in the order given."""
@@ -384,6 +404,14 @@ def _pad_heads(tensors: Sequence[torch.Tensor], length: int) -> torch.Tensor:
     for i, tensor in enumerate(tensors):
         out[i, :, : tensor.shape[1]] = tensor
     return out
+
+
+def _by_prefix(texts: Sequence[Sequence[int]], shared: Sequence[int]) -> dict[tuple[int, ...], list[int]]:
+    """Indices of texts by the tokens that they begin with."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, (text, count) in enumerate(zip(texts, shared, strict=True)):
+        groups.setdefault(tuple(text[:count]), []).append(i)
+    return groups
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], model: Any) -> Iterator[list[int]]:

@@ -169,7 +169,9 @@ class _Problem:
 
         cache = SuffixCache(base.model, layout, place.start)
         read_at = kept + [(r, rows[r].text.subject) for r in first]
-        clean = cache.add([r.ids for r in rows], [r.text.subject if prefixes else 0 for r in rows], read_at, (place.block,))
+        ids = [row.ids for row in rows]
+        cuts = [row.text.subject if prefixes else 0 for row in rows]
+        clean = cache.add(ids, cuts, read_at, (place.block,), _shared(rows, cuts))
         assert clean.logits is not None
         logits = clean.logits[: len(kept)]
         for i, (r, _) in enumerate(kept):
@@ -179,7 +181,7 @@ class _Problem:
         self.states = clean.states[place.block][len(kept) :].float()
         self.turns = [
             [
-                _Part(cache, place, [(numbers[i], rows[numbers[i]]) for i in group], kept_log_probs, len(facts))
+                _Part(cache, place, [(numbers[i], rows[numbers[i]]) for i in group], kept_log_probs, len(facts), rotation)
                 for group in length_groups([len(cache.spans[n].ids) - cache.spans[n].cut for n in numbers], base.device)
             ]
             for numbers in ([r for r, row in enumerate(rows) if row.turn == turn] for turn in range(rotation))
@@ -255,12 +257,14 @@ def _weights(objective: Objective, term: torch.Tensor, loss: torch.Tensor, steps
 
 @dataclass(frozen=True)
 class _Row:
-    """A text in one turn of the rotation. `share` is its part of the mean that it belongs to."""
+    """A text in one turn of the rotation. `share` is its part of the mean that it belongs to, `context` the number of what
+    stands in front of it, 0 for nothing."""
 
     fact: int
     text: EncodedText
     turn: int
     share: float
+    context: int = 0
     rewrite: bool = False
     bare: bool = False
     tail: bool = False
@@ -281,14 +285,32 @@ def _rows(fact: int, texts: FactTexts, rotation: int) -> list[_Row]:
     bare, *contexts = texts.rewrites
     rows = []
     for turn in range(rotation):
-        chosen = contexts[turn::rotation]
+        chosen = list(enumerate(contexts, start=1))[turn::rotation]
         share = 1 / (1 + len(chosen))
         has_tail = turn == 0 and len(bare.ids) > bare.target[1]
         rows.append(_Row(fact, bare, turn, share, rewrite=True, bare=True, tail=has_tail))
-        rows += [_Row(fact, text, turn, share, rewrite=True) for text in chosen]
+        rows += [_Row(fact, text, turn, share, context, rewrite=True) for context, text in chosen]
         kept = texts.kept[turn::rotation]
-        rows += [_Row(fact, text, turn, 1 / len(kept)) for text in kept]
+        # what only some turns hold weighs more in them, so that the mean over the turns is the mean over all
+        rows += [_Row(fact, text, turn, rotation / min(rotation, len(texts.kept)) / len(kept)) for text in kept]
     return rows
+
+
+def _shared(rows: Sequence[_Row], cuts: Sequence[int]) -> list[int]:
+    """For each row, how many leading tokens it has in common with the rows of other facts behind the same context."""
+    groups: dict[int, list[int]] = {}
+    for r, row in enumerate(rows):
+        groups.setdefault(row.context, []).append(r)
+    counts = [0] * len(rows)
+    for context, members in groups.items():
+        if context and len(members) > 1:
+            texts = [rows[r].text.ids[: cuts[r]] for r in members]
+            common = next(
+                (i for i, column in enumerate(zip(*texts, strict=False)) if len(set(column)) > 1), min(map(len, texts))
+            )
+            for r in members:
+                counts[r] = common
+    return counts
 
 
 class _Part:
@@ -301,6 +323,7 @@ class _Part:
         rows: Sequence[tuple[int, _Row]],
         kept_log_probs: dict[tuple[int, int], torch.Tensor],
         count: int,
+        rotation: int,
     ) -> None:
         self.place = place
         self.numbers = [number for number, _ in rows]
@@ -325,7 +348,7 @@ class _Part:
             row = self.rows[i]
             term = 0 if column < len(labels) else 2 if row.rewrite else 1
             among = len(row.text.labels) if term == 0 else len(row.kept)
-            share = 1.0 if term == 2 else row.share
+            share = rotation if term == 2 else row.share
             self.weights[term * count + row.fact, column] = share / among
 
     def clean_outputs(self) -> dict[int, torch.Tensor]:
