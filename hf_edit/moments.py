@@ -1,11 +1,14 @@
 """`Moment`: the second moment of a module's keys, what is solved with it, and its factors on disk.
 
 Factorising takes d^3 operations and gives the same for every edit of a model, so factors are kept in the cache folder, by
-a digest of the matrix they belong to. Triangles are stored folded: half the bytes of a square. On one CPU thread, float64
-(seconds; the file in the page cache):
+a digest of the matrix they belong to. Triangles are stored folded: half the bytes of a square. One CPU thread, float64,
+the file in the page cache:
 
-| width | Cholesky | written | read and checked |
+| width | Cholesky, CPU s | read, unfolded and checked, CPU s | MB |
 |---|---|---|---|
+| 1,536 | 0.06 | 0.02 | 9 |
+| 4,096 | 0.9 | 0.18 | 67 |
+| 8,192 | 5.9 | 0.97 | 268 |
 """
 
 from __future__ import annotations
