@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .methods.steam import SteamConfig
     from .model import EditableModelForCausalLM
     from .pack import EditPack
-    from .report import EditReport
+    from .report import EditReport, EvalReport
     from .statistics import KeyStatistics
 
 _HOMES = {
@@ -53,7 +53,7 @@ _HOMES = {
     "methods.steam": ("SteamConfig",),
     "model": ("EditableModelForCausalLM",),
     "pack": ("EditPack",),
-    "report": ("EditReport",),
+    "report": ("EditReport", "EvalReport"),
     "statistics": ("KeyStatistics",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -64,6 +64,7 @@ __all__ = [
     "EditPack",
     "EditReport",
     "EditableModelForCausalLM",
+    "EvalReport",
     "Fact",
     "HfEditError",
     "KeyStatistics",

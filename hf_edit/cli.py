@@ -53,6 +53,18 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--json", action="store_true")
     ask.set_defaults(run=_ask)
 
+    evaluate = commands.add_parser("evaluate", help="how a pack's edits do: efficacy, paraphrases, locality, portability")
+    evaluate.add_argument("model", help="folder of a pack, or id or folder of a model")
+    evaluate.add_argument(
+        "facts", nargs="?", help="what to ask about, a .jsonl, .json or .csv file; by default the pack's facts"
+    )
+    evaluate.add_argument("--mode", default="generate", choices=("generate", "teacher_forced", "both"))
+    evaluate.add_argument("--metric", action="append", dest="metrics", metavar="NAME", help="only this one; repeatable")
+    evaluate.add_argument("--batch-size", type=int, default=32)
+    evaluate.add_argument("--max-new-tokens", type=int, default=20)
+    evaluate.add_argument("--json", action="store_true", help="print the report as JSON, a row a fact")
+    evaluate.set_defaults(run=_evaluate)
+
     inspect = commands.add_parser("inspect", help="what a pack holds; reads no tensor")
     inspect.add_argument("pack", type=Path, help="folder of a pack")
     inspect.add_argument("--json", action="store_true")
@@ -92,6 +104,23 @@ def _ask(options: argparse.Namespace) -> int:
     else:
         for row in rows:
             print(f"{row['prompt']}\n  before  {row['before'].strip()!r}\n  after   {row['after'].strip()!r}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from .facts import read_facts
+    from .model import EditableModelForCausalLM
+
+    facts = None if options.facts is None else read_facts(options.facts)
+    model = EditableModelForCausalLM.from_pretrained(options.model)
+    report = model.evaluate(
+        facts,
+        metrics=options.metrics,
+        mode=options.mode,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+    )
+    print(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) if options.json else report)
     return 0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,7 +22,10 @@ from .facts import Fact, read_facts, resolve_conflicts
 from .methods import EditConfig, get_method
 from .methods.base import Attachment
 from .pack import CONFIG_FILE, FILES, EditPack, describe_base, versions
-from .report import EditReport, FactResult
+from .report import EditReport, EvalReport, FactResult
+
+if TYPE_CHECKING:
+    from .evaluation import CleanAnswers
 
 __all__ = ["EditableModelForCausalLM"]
 
@@ -281,6 +284,60 @@ class EditableModelForCausalLM(nn.Module):
             The continuations, without the prompts.
         """
         return greedy(self._base, [prompts] if isinstance(prompts, str) else prompts, max_new_tokens)
+
+    def evaluate(
+        self,
+        facts: Any = None,
+        *,
+        metrics: Sequence[str] | None = None,
+        mode: str = "generate",
+        batch_size: int = 32,
+        max_new_tokens: int = 20,
+        text_tokens: int = 100,
+        generation_prompts: Mapping[str, Sequence[str]] | None = None,
+        reference_texts: Mapping[str, Sequence[str]] | None = None,
+        clean: CleanAnswers | None = None,
+        progress: bool = True,
+    ) -> EvalReport:
+        """Evaluate the edits in force by the metrics of the literature; `hf_edit.metrics` defines each. The model is
+        left as it was.
+
+        Args:
+            facts: as for `edit`; by default the facts in force. What they are asked beyond their prompt is in their fields
+                `rephrases`, `locality` and `portability`.
+            metrics: names of metrics; by default all that the facts and the mode have something for.
+            mode: "generate" reads the model's own greedy continuations of bare prompts, "teacher_forced" the probabilities of
+                given ones, each token predicted from the right ones before it; "both" does both.
+            batch_size: texts in a forward at most.
+            max_new_tokens: of an answer in free generation.
+            text_tokens: of a text whose fluency or consistency is measured.
+            generation_prompts: by fact id, beginnings of texts about the subject, for fluency and consistency.
+            reference_texts: by fact id, texts about the target, for consistency.
+            clean: `EvalReport.clean` of an earlier evaluation of the same base model: what the unedited model said.
+            progress: show progress bars for what takes longer than two seconds.
+
+        Raises:
+            ValueError: no facts, an unknown metric or mode, a metric that no fact has anything for.
+        """
+        from .evaluation import evaluate
+
+        chosen = self.list_edits() if facts is None else read_facts(facts)
+        if not chosen:
+            raise ValueError("there are no edits in force; pass the facts to ask about: model.evaluate(facts)")
+        return evaluate(
+            self._base,
+            chosen,
+            metrics=metrics,
+            mode=mode,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            text_tokens=text_tokens,
+            generation_prompts=generation_prompts,
+            reference_texts=reference_texts,
+            clean=clean,
+            unedited=self.disable_edits,
+            progress=progress,
+        )
 
     # --- packs --------------------------------------------------------------------------------------------------------
 

@@ -1,14 +1,17 @@
-"""`EditReport`: what an edit did to each fact."""
+"""`EditReport`: what an edit did to each fact. `EvalReport`: how it did by the metrics of the literature."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .facts import Fact
 
-__all__ = ["EditReport", "FactResult"]
+if TYPE_CHECKING:
+    from .evaluation import CleanAnswers
+
+__all__ = ["EditReport", "EvalReport", "FactResult", "FactScores", "Summary"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,97 @@ class EditReport:
         if self.success is not None:
             head += f", {sum(bool(r.success) for r in self.results)} of {count} answered"
         return "\n".join([head, *(f"  {r}" for r in self.results), *(f"  note: {n}" for n in self.notes)])
+
+
+@dataclass(frozen=True)
+class FactScores:
+    """One fact's numbers.
+
+    Attributes:
+        fact: the fact.
+        scores: by metric, e.g. ``paraphrase.said``, the mean over the fact's questions; a metric that the fact has nothing
+            for is not there.
+        answer: the greedy continuation of the edit's prompt, where text was generated.
+    """
+
+    fact: Fact
+    scores: Mapping[str, float]
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The mean of a metric over facts, its 95 % bootstrap interval, and how many facts have it."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """An evaluation; `print(report)` shows a metric a line.
+
+    Attributes:
+        mode: "generate", "teacher_forced" or "both".
+        rows: one for each fact, in the order given, so that reports on the same facts can be compared in pairs.
+        seconds: wall time.
+        clean: what the unedited model said; hand it to the next evaluation of the same base model.
+    """
+
+    mode: str
+    rows: tuple[FactScores, ...]
+    seconds: float
+    clean: CleanAnswers | None = field(default=None, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[FactScores]:
+        return iter(self.rows)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of all numbers that some fact has, in the order of the metrics."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.scores))
+
+    def values(self, metric: str) -> dict[str, float]:
+        """A metric by fact id, for the facts that have it.
+
+        Raises:
+            KeyError: no fact has it.
+        """
+        if metric not in self.metrics:
+            raise KeyError(f"there is no {metric!r} in this report; there are: {', '.join(self.metrics)}")
+        return {str(row.fact.id): row.scores[metric] for row in self.rows if metric in row.scores}
+
+    def summary(self, *, resamples: int = 2000, seed: int = 0) -> dict[str, Summary]:
+        """By metric, the mean over facts (each fact weighs the same, however many questions it has) and its interval."""
+        from .bootstrap import bootstrap  # torch, which a report that is only read does not need
+
+        found = {}
+        for metric in self.metrics:
+            values = [row.scores[metric] for row in self.rows if metric in row.scores]
+            found[metric] = Summary(*bootstrap(values, resamples, seed), len(values))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        summary = {name: {"mean": s.mean, "low": s.low, "high": s.high, "count": s.count} for name, s in self.summary().items()}
+        rows = []
+        for r in self.rows:
+            row = {"id": r.fact.id, "prompt": r.fact.question, "target": r.fact.target, "answer": r.answer}
+            rows.append({**row, "scores": dict(r.scores)})
+        return {"mode": self.mode, "seconds": round(self.seconds, 3), "summary": summary, "rows": rows}
+
+    def __str__(self) -> str:
+        count = len(self.rows)
+        head = f"{self.mode}: {count} {'fact' if count == 1 else 'facts'} in {self.seconds:.1f} s"
+        summary = self.summary()
+        width = max(map(len, summary), default=0)
+        lines = [f"  {name:{width}}  {s.mean:7.3f}  [{s.low:.3f}, {s.high:.3f}]  {s.count}" for name, s in summary.items()]
+        return "\n".join([f"{head} (mean, 95 % interval, facts)", *lines])
 
 
 def _line(answer: str | None) -> str:

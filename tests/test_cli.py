@@ -34,6 +34,22 @@ def test_facts_from_a_file_become_a_pack_that_is_asked_and_inspected(base, tmp_p
     assert "2 facts by steam" in capsys.readouterr().out
 
 
+def test_a_packs_edits_are_evaluated_and_so_are_facts_on_a_plain_model(base, tmp_path, capsys):
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text("".join(json.dumps(f.to_dict()) + "\n" for f in FACTS[:2]))
+    quick = ["--set", "statistics_tokens=512", "--set", "contexts=0", "--set", "steps=3", "--set", "anchor_weight=0"]
+    assert _run("edit", base, facts, "--output", tmp_path / "pack", *quick) == 0
+    capsys.readouterr()
+    assert _run("evaluate", tmp_path / "pack", "--mode", "both", "--metric", "efficacy", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["target"] for row in found["rows"]] == [f.target for f in FACTS[:2]]
+    assert set(found["summary"]) == {"efficacy.right", "efficacy.nll", "efficacy.said"}
+    assert _run("evaluate", base, facts) == 0
+    assert "efficacy.said" in capsys.readouterr().out
+    assert _run("evaluate", base) == 1
+    assert "pass the facts" in capsys.readouterr().err
+
+
 def test_mistakes_end_in_one_line_and_a_failing_exit_code(base, tmp_path, capsys):
     facts = tmp_path / "facts.jsonl"
     facts.write_text('{"subject": "a"}')
