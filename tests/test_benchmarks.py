@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+
+_FILE = Path(__file__).parent.parent / "examples" / "benchmarks" / "steam.py"
+
+
+@pytest.fixture(scope="module")
+def steam():
+    spec = importlib.util.spec_from_file_location("steam_benchmark", _FILE)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture
+def arguments(tokenizer, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    records = [
+        {
+            "case_id": case,
+            "requested_rewrite": {
+                "prompt": "The capital of {} is",
+                "relation_id": "P36",
+                "target_new": {"str": new},
+                "target_true": {"str": old},
+                "subject": subject,
+            },
+            "paraphrase_prompts": [f"The capital city of {subject} is"],
+            "neighborhood_prompts": ["The capital of Portugal is"],
+            "attribute_prompts": ["The capital of Norway is"],
+            "generation_prompts": [f"{subject} is", f"{subject} is"],
+            "portability": {"New Question": f"Which language is spoken in {subject}'s capital?", "New Answer": "French"},
+        }
+        for case, (subject, new, old) in enumerate([("France", "Tokyo", "Paris"), ("Spain", "Rome", "Madrid")])
+    ]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    quick = ["--set", "statistics_tokens=512", "--set", "contexts=0", "--set", "steps=2", "--set", "tail_factor=0"]
+    where = [str(tmp_path / "records.jsonl"), "--model", str(tmp_path / "base"), "--output", str(tmp_path / "out")]
+    return [*where, *quick, "--text-tokens", "4"]
+
+
+@pytest.mark.parametrize("mode", [("single",), ("batch", "--batch", "2")])
+def test_a_benchmark_that_was_broken_off_goes_on_where_it_stood(steam, arguments, tmp_path, capsys, monkeypatch, mode):
+    run = [*arguments, "--arms", "base,steam", "--mode", *mode]
+    steam.main(run)
+    first = capsys.readouterr().out
+    assert "| efficacy.right (2) |" in first
+    assert "steam - base" in first
+    finished = tmp_path / "out" / "finished.jsonl"
+    lines = finished.read_text().splitlines()
+    finished.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])  # broken off in the last line
+    computed = []
+    group = steam.Benchmark._group
+    monkeypatch.setattr(steam.Benchmark, "_group", lambda self, arm, facts: computed.append(arm) or group(self, arm, facts))
+    steam.main(run)
+    assert computed == ["steam"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["records"] == 2
+    assert set(results["rows"]) == {"clean", "base", "steam"}
+    computed.clear()
+    steam.main([*run, "--set", "steps=3"])
+    assert len(computed) == len(lines), "other settings are another run"
+
+
+def test_controls_are_other_objects_of_the_right_kind(steam, arguments, monkeypatch):
+    records = steam.read_records(Path(arguments[0]), None)
+    model = steam.EditableModelForCausalLM.from_pretrained(arguments[2])
+    anchoring = steam.Anchoring(model, records, steam.SteamConfig(), seed=0)
+    monkeypatch.setattr(steam, "score_references", lambda _, pool: [type("Score", (), {"rank": 0})] * len(pool))
+    own, held = anchoring.anchors("Tokyo"), anchoring.held_out("Tokyo")
+    relations = {r.relation for r in own + held}
+    assert own
+    assert held
+    assert not set(own) & set(held)
+    assert {r.object for r in anchoring.wrong("Tokyo")} <= {"Rome", "Madrid"}
+    assert relations.isdisjoint(r.relation for r in anchoring.random("Tokyo"))
+    assert anchoring.random("Tokyo")
+    assert anchoring.random("Tokyo") == anchoring.random("Tokyo")
+    assert not any("France" in r.subject or "Spain" in r.subject for r in own + held)
