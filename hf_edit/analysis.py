@@ -52,7 +52,8 @@ __all__ = [
 
 _RECALLED = 10  # a reference is shown where its object's first token is among so many of the clean model's first choices
 _SHOWN = 16  # references of an object that are kept for the projection
-_OTHER_REFERENCES = 8  # references behind the anchor of another object
+_OTHER_REFERENCES = 5  # references behind the anchor of another object, at most
+_SHOWN_DEPTH = 0.8
 _LENS_NUMBERS = 2**24  # logits that are computed at once
 
 
@@ -423,7 +424,7 @@ def _others(
 
 
 def _other_names(taken: set[str], others: int | Sequence[str], seed: int) -> list[str]:
-    """Objects of the bank; of random ones twice as many as are wanted, because not all are recalled.
+    """Objects of the bank; of random ones half as many again as are wanted, because not all are recalled.
 
     Raises:
         ValueError: none are asked for, or one is unknown or among those `taken`.
@@ -433,7 +434,7 @@ def _other_names(taken: set[str], others: int | Sequence[str], seed: int) -> lis
             raise ValueError(f"others must be at least 1, not {others}: cosines mean something only above those of others")
         least = SteamConfig().min_references
         known = sorted(key for key, found in bank().items() if len(found) >= least and key not in taken)
-        return [bank()[key][0].object for key in Random(seed).sample(known, min(2 * others, len(known)))]
+        return [bank()[key][0].object for key in Random(seed).sample(known, min(others + -(-others // 2), len(known)))]
     names = [others] if isinstance(others, str) else list(dict.fromkeys(others))
     if not names:
         raise ValueError("others is empty; name objects of the bank, or leave it out for random ones")
@@ -513,7 +514,8 @@ def project(
 
     Args:
         flow: a flow, or several edits of the same facts by name: they share the plane.
-        block: one of the flow's blocks; by default the one at two thirds of them.
+        block: one of the flow's blocks; by default the one at four fifths of them. Further down, states of one relation stand
+            together, whatever the object.
         fact: which of the flow's facts: its index, itself or its id.
 
     Raises:
@@ -557,7 +559,7 @@ def _checked(flows: Mapping[str, ResidualFlow]) -> dict[str, ResidualFlow]:
 
 def _block_index(flow: ResidualFlow, block: int | None) -> int:
     if block is None:
-        return round((len(flow.blocks) - 1) * 2 / 3)
+        return round((len(flow.blocks) - 1) * _SHOWN_DEPTH)
     if block not in flow.blocks:
         raise ValueError(f"the flow was not read at block {block}; it has: {', '.join(map(str, flow.blocks))}")
     return flow.blocks.index(block)
