@@ -23,7 +23,6 @@ HELD_OUT = [
     for city, references in {
         "Rome": [
             ("The Trevi Fountain", "{} is located in the city of"),
-            ("The Spanish Steps", "{} are located in the city of"),
             ("The Roman Forum", "{} is located in the city of"),
             ("The Sistine Chapel", "{} can be visited in the city of"),
             ("Julius Caesar", "{} was assassinated in the city of"),
@@ -31,11 +30,10 @@ HELD_OUT = [
             ("the Roman Empire", "The capital of {} was"),
         ],
         "Paris": [
-            ("The Louvre", "{} is located in the city of"),
+            ("The Moulin Rouge", "{} is located in the city of"),
             ("Notre-Dame", "The cathedral of {} is located in the city of"),
             ("The Arc de Triomphe", "{} is located in the city of"),
-            ("The Sorbonne", "{} is a university in the city of"),
-            ("The Mona Lisa", "{} is on display in the city of"),
+            ("Marie Antoinette", "{} was executed in the city of"),
             ("France", "The largest city in {} is"),
             ("The French Revolution", "{} began in the city of"),
         ],
@@ -54,7 +52,7 @@ def main() -> None:
     flows = {}
     # the same base editor in both, so that the anchors are all that differs
     for method, settings in (("memit", {}), ("steam", {"base_editor": "memit"})):
-        print(model.edit(FACT, method, **settings), end="\n\n")
+        print(model.edit(FACT, method, progress=False, **settings), end="\n\n")
         flows[method] = residual_flow(model, FACT, references=HELD_OUT, others=CITIES)
         print(flows[method], end="\n\n")
         model.rollback()

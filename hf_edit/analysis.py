@@ -415,7 +415,11 @@ def _others(
     base: Base, facts: Sequence[Fact], old: Sequence[_Old], others: int | Sequence[str], seed: int, blocks: tuple[int, ...]
 ) -> _Others:
     """Anchors of other objects than the facts'; random ones are drawn from those that the model recalls."""
-    names = _other_names({f.target.casefold() for f in facts} | {o.name.casefold() for o in old}, others, seed)
+    targets = {f.target.casefold() for f in facts}
+    if isinstance(others, int):
+        names = _random_objects(targets | {o.name.casefold() for o in old}, others, seed)
+    else:
+        names = _named_objects(targets, others)
     # References must not mention any of the facts' subjects, so every fact takes part.
     asked = [facts[i % len(facts)].replace(target=names[i % len(names)]) for i in range(max(len(names), len(facts)))]
     states, _, counts = _anchors(base, asked, blocks, references="bank", max_references=_OTHER_REFERENCES)
@@ -423,26 +427,25 @@ def _others(
     return _Others(tuple(names[i] for i in rows), states[rows])
 
 
-def _other_names(taken: set[str], others: int | Sequence[str], seed: int) -> list[str]:
-    """Objects of the bank; of random ones half as many again as are wanted, because not all are recalled.
+def _random_objects(taken: set[str], count: int, seed: int) -> list[str]:
+    """Objects of the bank, half as many again as are wanted, because not all are recalled."""
+    if count < 1:
+        raise ValueError(f"others must be at least 1, not {count}: a cosine means something only above those of others")
+    least = SteamConfig().min_references
+    known = sorted(key for key, found in bank().items() if len(found) >= least and key not in taken)
+    drawn = Random(seed).sample(known, min(count + -(-count // 2), len(known)))
+    return [bank()[key][0].object for key in drawn]
 
-    Raises:
-        ValueError: none are asked for, or one is unknown or among those `taken`.
-    """
-    if isinstance(others, int):
-        if others < 1:
-            raise ValueError(f"others must be at least 1, not {others}: cosines mean something only above those of others")
-        least = SteamConfig().min_references
-        known = sorted(key for key, found in bank().items() if len(found) >= least and key not in taken)
-        return [bank()[key][0].object for key in Random(seed).sample(known, min(others + -(-others // 2), len(known)))]
+
+def _named_objects(targets: set[str], others: Sequence[str]) -> list[str]:
     names = [others] if isinstance(others, str) else list(dict.fromkeys(others))
     if not names:
         raise ValueError("others is empty; name objects of the bank, or leave it out for random ones")
     for name in names:
-        if name.casefold() in taken:
-            raise ValueError(f"{name!r} is an object of the facts themselves; others must be other objects")
+        if name.casefold() in targets:
+            raise ValueError(f"{name!r} is the target of one of the facts; others must be other objects")
         if name.casefold() not in bank():
-            raise ValueError(f"the bank has no references for {name!r}; there are: {', '.join(sorted(bank()))[:300]}, ...")
+            raise ValueError(f"the bank has no references for {name!r}; leave it out, or name other objects of the bank")
     return names
 
 

@@ -250,7 +250,7 @@ def test_without_matplotlib_a_figure_says_how_to_get_it(llama, monkeypatch):
         ({"others": 0}, "at least 1"),
         ({"others": []}, "others is empty"),
         ({"others": ["Atlantis"]}, "no references for 'Atlantis'"),
-        ({"others": ["rome"]}, "'rome' is an object of the facts"),
+        ({"others": ["rome"]}, "'rome' is the target"),
     ],
 )
 def test_wrong_arguments_are_named(llama, settings, message):
@@ -277,17 +277,17 @@ def test_flows_that_do_not_go_together_are_refused(llama):
 
 
 @pytest.mark.real
-def test_what_the_model_knows_stands_nearer_to_its_anchor_than_to_others_on_smollm2(smollm2_folder):
+def test_where_the_model_has_the_object_it_stands_nearer_to_its_anchor_than_to_others_on_smollm2(smollm2_folder):
+    """In a late block; further down anchors tell relations apart before they tell objects."""
     model = EditableModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
     facts = [
         Fact("Germany", "The capital of {} is", "Berlin"),
         Fact("Tiger Woods", "{} plays the sport of", "golf"),
-        Fact("Brazil", "The official language of {} is", "Portuguese"),
     ]
-    flow = residual_flow(model, facts, blocks=[10, 20, 26], others=6)
-    assert len(flow.others) == 6
+    flow = residual_flow(model, facts, blocks=[2, 26, 29], others=4)
+    assert len(flow.others) == 4
     for fact in flow.facts:
         assert fact.references >= 3, fact.fact.question
-        assert min(fact.clean.raw.above) > 0.02, str(flow)
-        assert min(fact.clean.centred.above) > 0.1, str(flow)
-        assert fact.clean.new.rank[-1] <= 10 < fact.clean.new.rank[0]
+        assert fact.clean.raw.above[1] > 0.05, str(flow)
+        assert fact.clean.centred.above[1] > 0.2, str(flow)
+        assert fact.clean.new.rank[-1] == 1 < fact.clean.new.rank[0]
