@@ -29,7 +29,7 @@ from .base import Base
 from .facts import Fact, read_facts
 from .layout import Layout
 from .methods.steam import SteamConfig
-from .methods.steam.anchors import build_anchors
+from .methods.steam.anchors import build_anchors, centre
 from .model import EditableModelForCausalLM
 from .positions import EncodedText, encode, fact_text
 from .references import bank, references_for
@@ -383,9 +383,8 @@ def _anchors(
     base: Base, facts: Sequence[Fact], blocks: tuple[int, ...], **settings: Any
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
     """STEAM's anchors of the facts' targets: [facts, blocks, hidden]; the centre: [blocks, hidden]; references behind each."""
-    found = build_anchors(base, facts, blocks, SteamConfig(**settings))
-    states = torch.stack([found.states[b].float().cpu() for b in blocks], dim=1)
-    return states, torch.stack([found.centre[b].float().cpu() for b in blocks]), found.counts
+    found = build_anchors(base, facts, blocks, SteamConfig(anchor_frame="raw", **settings).anchor_settings)
+    return torch.stack([found.states[b] for b in blocks], dim=1), centre(base)[list(blocks)], found.counts
 
 
 def _known(base: Base, facts: Sequence[Fact], old: Sequence[_Old], references: Any, blocks: tuple[int, ...]) -> _Known:

@@ -19,6 +19,7 @@ from .answers import greedy, says, target_probabilities
 from .base import Base
 from .errors import BaseMismatchError, ConflictingEditsError, HfEditError, MergeError, PackFormatError
 from .facts import Fact, read_facts, resolve_conflicts
+from .health import COLLAPSE, Health
 from .methods import EditConfig, get_method
 from .methods.base import Attachment
 from .pack import CONFIG_FILE, FILES, EditPack, describe_base, versions
@@ -67,6 +68,7 @@ class EditableModelForCausalLM(nn.Module):
         self._packs: dict[str, EditPack] = {}
         self._active: tuple[str, ...] = ()
         self._attached: list[Attachment] = []
+        self._health: Health | None = None
 
     # --- loading and saving -------------------------------------------------------------------------------------------
 
@@ -216,6 +218,7 @@ class EditableModelForCausalLM(nn.Module):
             fitted = time.perf_counter() - started - asked
             self._put({**self._packs, pack_name: pack}, (*(n for n in self._active if n != pack_name), pack_name))
             after = self._ask(wanted, progress) if verify else None
+            health = self._check_health() if verify and how.in_weights else {}
         except BaseException:
             self._put(*state)
             raise
@@ -227,7 +230,21 @@ class EditableModelForCausalLM(nn.Module):
                 FactResult(f, b, a, says(a, f.target), pb, pa, notes.get(str(f.id), ""))
                 for f, (b, pb), (a, pa) in zip(wanted, before, after, strict=True)
             )
-        return EditReport(method, pack_name, results, fitted, time.perf_counter() - started - fitted)
+        return EditReport(method, pack_name, results, fitted, time.perf_counter() - started - fitted, **health)
+
+    def _check_health(self) -> dict[str, Any]:
+        """Perplexity on the model's own text before all edits and now, for the report; warns of a collapse."""
+        now = self.perplexity()
+        assert self._health is not None
+        clean = self._health.clean
+        notes: tuple[str, ...] = ()
+        if not now < COLLAPSE * clean:
+            notes = (
+                f"the model writes worse than before its edits: perplexity {now:.1f}, not {clean:.1f}, on text of its own. "
+                "Roll back, edit fewer facts or fewer at a time, or take a larger covariance_weight or method='lks'.",
+            )
+            logger.warning(notes[0])
+        return {"perplexity_clean": clean, "perplexity": now, "notes": notes}
 
     def _fit(
         self, facts: Sequence[Fact], method: str, settings: EditConfig, pack_name: str, seed: int, progress: bool
@@ -284,6 +301,13 @@ class EditableModelForCausalLM(nn.Module):
             The continuations, without the prompts.
         """
         return greedy(self._base, [prompts] if isinstance(prompts, str) else prompts, max_new_tokens)
+
+    def perplexity(self) -> float:
+        """Perplexity of the model, with the edits in force, on text that it wrote without them (see `hf_edit.health`)."""
+        if self._health is None or self._health.fingerprint != self._base.fingerprint:
+            with self.disable_edits():
+                self._health = Health(self._base)
+        return self._health.now()
 
     def evaluate(
         self,

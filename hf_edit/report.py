@@ -56,6 +56,9 @@ class EditReport:
         results: one for each fact, in the order given.
         seconds: wall time of the fit.
         seconds_verifying: wall time of asking before and after.
+        notes: remarks on the whole edit.
+        perplexity_clean, perplexity: on text that the model wrote before all its edits (`hf_edit.health`), clean and now; None
+            where the edit was not verified or changed no weights.
     """
 
     method: str
@@ -64,6 +67,8 @@ class EditReport:
     seconds: float
     seconds_verifying: float = 0.0
     notes: tuple[str, ...] = field(default=())
+    perplexity_clean: float | None = None
+    perplexity: float | None = None
 
     def __len__(self) -> int:
         return len(self.results)
@@ -96,6 +101,9 @@ class EditReport:
             "success": self.success,
             "seconds": round(self.seconds, 3),
             "seconds_verifying": round(self.seconds_verifying, 3),
+            "perplexity_clean": self.perplexity_clean,
+            "perplexity": self.perplexity,
+            "notes": list(self.notes),
             "results": rows,
         }
 
@@ -104,6 +112,8 @@ class EditReport:
         head = f"{self.method}: {count} {'fact' if count == 1 else 'facts'} in {self.seconds:.1f} s"
         if self.success is not None:
             head += f", {sum(bool(r.success) for r in self.results)} of {count} answered"
+        if self.perplexity is not None:
+            head += f", perplexity {self.perplexity_clean:.2f} -> {self.perplexity:.2f}"
         return "\n".join([head, *(f"  {r}" for r in self.results), *(f"  note: {n}" for n in self.notes)])
 
 

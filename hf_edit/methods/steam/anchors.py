@@ -11,17 +11,17 @@ from typing import TypeVar
 import torch
 from safetensors.torch import load_file, save_file
 
+from ...alignment import score_references
 from ...base import Base
 from ...cache import atomic_path, cache_folder
 from ...facts import Fact, fold
-from ...positions import EncodedText, Text, encode, join
 from ...references import Reference, balanced, bank, bank_relations, open_source
-from ...suffix import SuffixCache
 
-__all__ = ["AnchorSettings", "Anchors", "ObjectAnchor", "anchor_of", "build_anchors", "informative_blocks"]
+__all__ = ["AnchorSettings", "Anchors", "ObjectAnchor", "anchor_of", "build_anchors", "centre", "informative_blocks"]
 
 T = TypeVar("T")
 
+_NEAR = 10
 _ENOUGH_EXACT = 5  # with fewer references that are recalled word for word, the first token among the top 10 will do
 _CENTRE_FACTS = 96
 _RELATION_FACTS = 8
@@ -106,7 +106,7 @@ def build_anchors(
         old = {fold(f.target_old): anchor(f.target_old) for f in facts if f.target_old}
         others = {obj: anchor(obj) for obj in _other_objects(contrast, {*anchors, *old})}
         others = {obj: a for obj, a in others.items() if a.count}
-    general = _centre(base)
+    general = centre(base)
     frame = settings.frame
 
     def direction(a: ObjectAnchor, block: int) -> torch.Tensor:
@@ -131,12 +131,12 @@ def anchor_of(base: Base, obj: str, pool: Iterable[Reference], settings: AnchorS
     """The anchor of one object from its references, cached on disk by model, object, references and numbers."""
     chosen = balanced(list(pool), 2 * settings.maximum, settings.per_relation)
     by_relation = _relation_means(base) if settings.frame == "object" else {}
-    texts = [_text(r) for r in chosen]
-    key = [fold(obj), [t.text for t in texts], settings.minimum, settings.maximum, bool(by_relation)]
+    texts = [[r.prompts[0], r.subject, r.object, r.relation] for r in chosen]
+    key = [fold(obj), texts, settings.minimum, settings.maximum, bool(by_relation)]
     hidden, blocks = base.layout().hidden_size, len(base.layout())
 
     def read() -> dict[str, torch.Tensor]:
-        states, exact, near = _read(base, encode(base.tokenizer, texts), tuple(range(blocks)))
+        states, exact, near = _read(base, chosen)
         recalled = [i for i, hit in enumerate(exact) if hit]
         if len(recalled) < _ENOUGH_EXACT:
             recalled = [i for i, hit in enumerate(near) if hit]
@@ -175,9 +175,8 @@ def _object_gain(base: Base) -> torch.Tensor:
     pools = [balanced(list(group), _BAND_REFERENCES, 3) for group in bank().values()]
     pools = [pool for pool in pools if len(pool) == _BAND_REFERENCES]
     pools = list(_evenly(pools, _BAND_OBJECTS))
-    texts = encode(base.tokenizer, [_text(r) for pool in pools for r in pool])
-    states, _, _ = _read(base, texts, tuple(range(len(base.layout()))))
-    states = states.view(len(pools), _BAND_REFERENCES, *states.shape[1:]) - _centre(base)
+    states, _, _ = _read(base, [r for pool in pools for r in pool])
+    states = states.view(len(pools), _BAND_REFERENCES, *states.shape[1:]) - centre(base)
     sums = states.sum(1, keepdim=True)
     own = torch.cosine_similarity(states, sums - states, dim=-1).mean((0, 1))
     cross = torch.cosine_similarity(states[:, None], sums[None].squeeze(2)[:, :, None], dim=-1)  # state's object x anchor's
@@ -194,10 +193,10 @@ def _origins(
     if frame == "centred":
         return [general[b].expand(len(facts), -1) for b in blocks]
     means = torch.stack(list(_relation_means(base).values()))
-    texts = encode(base.tokenizer, [_prompt(f) for f in facts])
-    states, _, _ = _read(base, texts, blocks)
-    centre = general[list(blocks)]
-    nearest = torch.cosine_similarity((states - centre)[:, None], means[:, blocks] - centre, dim=-1).mean(-1)
+    asked = [Reference(f.prompt, f.subject, (f.prompt,), f.target) for f in facts]
+    states, _, _ = _read(base, asked, blocks)
+    middle = general[list(blocks)]
+    nearest = torch.cosine_similarity((states - middle)[:, None], means[:, blocks] - middle, dim=-1).mean(-1)
     return [means[nearest.argmax(1), b] for b in blocks]
 
 
@@ -207,8 +206,7 @@ def _relation_means(base: Base) -> dict[str, torch.Tensor]:
 
     def read() -> dict[str, torch.Tensor]:
         chosen = [[Reference(r.name, s, r.prompts, o) for s, o in _evenly(r.facts, _RELATION_FACTS)] for r in relations]
-        texts = encode(base.tokenizer, [_text(ref) for group in chosen for ref in group])
-        states, _, _ = _read(base, texts, tuple(range(len(base.layout()))))
+        states, _, _ = _read(base, [reference for group in chosen for reference in group])
         means = [part.mean(0) for part in states.split([len(group) for group in chosen])]
         return {"means": torch.stack(means)}
 
@@ -216,13 +214,13 @@ def _relation_means(base: Base) -> dict[str, torch.Tensor]:
     return {r.name: mean for r, mean in zip(relations, means, strict=True)}
 
 
-def _centre(base: Base) -> torch.Tensor:
+def centre(base: Base) -> torch.Tensor:
     """The mean state before objects of all kinds, evenly taken from the bank: float32 [blocks, hidden]."""
 
     def read() -> dict[str, torch.Tensor]:
         first = [group[0] for group in bank().values()]
         chosen = _evenly(first, _CENTRE_FACTS)
-        states, _, _ = _read(base, encode(base.tokenizer, [_text(r) for r in chosen]), tuple(range(len(base.layout()))))
+        states, _, _ = _read(base, chosen)
         return {"centre": states.mean(0)}
 
     return _kept(base, ["centre"], read)["centre"]
@@ -251,41 +249,12 @@ def _kept(base: Base, key: Sequence[object], make: Callable[[], dict[str, torch.
     return found
 
 
-def _text(reference: Reference) -> Text:
-    prompt = reference.prompts[0].replace("{}", reference.subject)
-    whole = join(prompt, reference.object)
-    return Text(whole, None, (len(prompt), len(whole)))
-
-
-def _prompt(fact: Fact) -> Text:
-    """The fact's prompt with its target, whose first token is read before."""
-    whole = join(fact.question, fact.target)
-    return Text(whole, None, (len(fact.question), len(whole)))
-
-
-@torch.no_grad()
 def _read(
-    base: Base, texts: Sequence[EncodedText], blocks: tuple[int, ...], batch: int = 32
+    base: Base, references: Sequence[Reference], blocks: Sequence[int] | None = None
 ) -> tuple[torch.Tensor, list[bool], list[bool]]:
-    """At each text's last prompt token: states, float32 [texts, blocks, hidden] on the CPU; whether all of the object is
-    recalled; whether it nearly is."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
-    states: dict[int, torch.Tensor] = {}
-    exact: dict[int, bool] = {}
-    near: dict[int, bool] = {}
-    for first in range(0, len(order), batch):
-        group = order[first : first + batch]
-        rows = [texts[i] for i in group]
-        reads = [(r, p - 1) for r, text in enumerate(rows) for p in range(*text.target)]
-        starts = [n for n, (r, p) in enumerate(reads) if p == rows[r].target[0] - 1]
-        out = SuffixCache(base.model, base.layout(), 0).add([t.ids for t in rows], [0] * len(rows), reads, blocks)
-        assert out.logits is not None
-        labels = torch.tensor([t for text in rows for t in text.labels], device=out.logits.device)
-        hits = (out.logits.argmax(-1) == labels).tolist()
-        top = (out.logits.topk(min(10, out.logits.shape[-1])).indices == labels[:, None]).any(1).tolist()
-        for i, row, start in zip(group, rows, starts, strict=True):
-            exact[i] = all(hits[start : start + len(row.labels)])
-            near[i] = top[start]
-            states[i] = torch.stack([out.states[b][start].float().cpu() for b in blocks])
-    count = range(len(texts))
-    return torch.stack([states[i] for i in count]), [exact[i] for i in count], [near[i] for i in count]
+    """Before each reference's object: states, float32 [references, blocks, hidden] on the CPU, of all blocks by default;
+    whether the object is recalled; whether it nearly is."""
+    blocks = range(len(base.layout())) if blocks is None else blocks
+    scores = score_references(base, references, blocks)
+    states = torch.stack([torch.stack([score.states[b] for b in blocks]) for score in scores])
+    return states, [score.right for score in scores], [score.rank < _NEAR for score in scores]

@@ -9,6 +9,7 @@ from typing import Any
 from ...weights.editors import EDITORS
 from ...weights.prompts import GENERIC_PROMPTS
 from ..base import EditConfig, require, setting
+from .anchors import AnchorSettings
 
 __all__ = ["SteamConfig"]
 
@@ -122,6 +123,13 @@ class SteamConfig(EditConfig):
         require(
             self.statistics is None or self.statistics_tokens is None,
             "statistics_tokens is for the model's own text; leave it out where statistics are given",
+        )
+
+    @property
+    def anchor_settings(self) -> AnchorSettings:
+        """What concerns the anchors alone."""
+        return AnchorSettings(
+            self.references, self.anchor_frame, self.min_references, self.max_references, self.max_per_relation
         )
 
     def to_dict(self) -> dict[str, Any]:

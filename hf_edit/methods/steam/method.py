@@ -23,7 +23,7 @@ from ...weights.solve import Update
 from ...weights.values import ValueSettings, optimize_values
 from .. import Fit, register_method
 from .alignment import Alignment, Contrast
-from .anchors import Anchors, AnchorSettings, build_anchors, informative_blocks
+from .anchors import Anchors, build_anchors, informative_blocks
 from .config import SteamConfig
 
 __all__ = ["Steam"]
@@ -160,12 +160,9 @@ class _Job:
     def anchors(self, facts: Sequence[Fact]) -> Anchors | None:
         """Anchors of the facts' targets; None where no block lies above the edit."""
         config = self.config
-        settings = AnchorSettings(
-            config.references, config.anchor_frame, config.min_references, config.max_references, config.max_per_relation
-        )
         blocks = self.anchor_blocks()
         contrast = config.negatives if config.alignment == "contrastive" else 0
-        return build_anchors(self.base, facts, blocks, settings, contrast=contrast) if blocks else None
+        return build_anchors(self.base, facts, blocks, config.anchor_settings, contrast=contrast) if blocks else None
 
     def objective(self, anchors: Anchors, group: Sequence[int]) -> Alignment:
         """The alignment term of facts that are edited together."""
