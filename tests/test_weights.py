@@ -7,7 +7,7 @@ from conftest import same, snapshot, tiny_model
 from hf_edit import BaseMismatchError
 from hf_edit.statistics import Moment
 from hf_edit.weights.attach import Factors, WeightAttachment
-from hf_edit.weights.solve import insert
+from hf_edit.weights.solve import Protected, insert
 
 NAMES = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}
 
@@ -31,6 +31,38 @@ def test_the_insertion_is_memits_equation():
     ridge = 1e-2 * C.diagonal().median() * torch.eye(20)
     direct = R @ K.T @ torch.linalg.inv(15.0 * (C + ridge) + K @ K.T)
     torch.testing.assert_close(update.factors.dense(), direct.float(), atol=1e-5, rtol=1e-4)
+
+
+def test_keys_of_earlier_facts_are_protected():
+    """The new facts' update with earlier keys equals the one of a system that holds them, and moves them less."""
+    generator = torch.Generator().manual_seed(0)
+    K, earlier = (torch.randn(20, n, generator=generator).double() for n in (5, 3))
+    R = torch.randn(8, 5, generator=generator).double()
+    X = torch.randn(100, 20, generator=generator).double()
+    C = X.T @ X / 100
+
+    def own(keys):
+        return torch.linalg.solve(15.0 * C, keys)
+
+    protected = insert(K, Protected.of(earlier, own).precondition(K), R).factors.dense().double()
+    direct = R @ K.T @ torch.linalg.inv(15.0 * C + earlier @ earlier.T + K @ K.T)
+    torch.testing.assert_close(protected, direct, atol=1e-5, rtol=1e-4)
+    bare = insert(K, Protected.of(earlier[:, :0], own).precondition(K), R).factors.dense().double()
+    assert (protected @ earlier).norm() < 0.7 * (bare @ earlier).norm()
+
+
+def test_the_null_space_update_is_alphaedits_equation():
+    generator = torch.Generator().manual_seed(0)
+    K, earlier = (torch.randn(20, n, generator=generator).double() for n in (4, 2))
+    R = torch.randn(8, 4, generator=generator).double()
+    basis = torch.linalg.qr(torch.randn(20, 12, generator=generator).double()).Q
+    P = basis @ basis.T
+    update = insert(K, Protected.of(earlier, lambda keys: P @ keys / 10.0).precondition(K), R)
+    system = P @ (K @ K.T + earlier @ earlier.T) + 10.0 * torch.eye(20)
+    direct = torch.linalg.solve(system, P @ K @ R.T).T
+    torch.testing.assert_close(update.factors.dense().double(), direct, atol=1e-5, rtol=1e-4)
+    outside = (torch.eye(20).double() - P) @ torch.randn(20, 6, generator=generator).double()
+    assert (update.factors.dense().double() @ outside).abs().max() < 1e-5  # what the model knows is not touched
 
 
 def test_fewer_facts_are_solved_from_what_is_stored():
@@ -66,6 +98,27 @@ def test_attached_factors_change_the_output_by_their_product_and_leave_no_trace(
     attachment.detach()
     attachment.detach()
     assert same(before, model)
+    assert torch.equal(module(keys), clean)
+
+
+def test_a_condition_switches_each_fact_for_each_row():
+    model = tiny_model("llama")
+    before = snapshot(model)
+    name = NAMES["llama"]
+    change = _factors()[name]
+    module = model.get_submodule(name)
+    keys = torch.randn(3, 4, change.right.shape[1])
+    clean = module(keys)
+    on = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    attachment = WeightAttachment(model, {name: change}, switch=lambda: on)
+    assert not attachment.in_place  # a weight can't tell rows apart
+    assert same(before, model)
+    switched = module(keys)
+    for row, fact in ((0, 0), (1, 1)):
+        expected = clean[row] + keys[row] @ (change.left[:, fact : fact + 1] @ change.right[fact : fact + 1]).T
+        torch.testing.assert_close(switched[row], expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(switched[2], clean[2])
+    attachment.detach()
     assert torch.equal(module(keys), clean)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import BaseMismatchError
 from ..layout import is_transposed, weight_shape
 
-__all__ = ["Factors", "WeightAttachment"]
+__all__ = ["Factors", "Switch", "WeightAttachment"]
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,32 @@ class Factors:
         return self.left @ self.right
 
 
+class Switch(Protocol):
+    """A condition on the prompt: which facts are on, for each row of the batch that runs now."""
+
+    def __call__(self) -> torch.Tensor:
+        """Float [rows, rank] from 0 (off) to 1 (on), in the order of the factors' columns; a row of one serves all rows."""
+        ...
+
+
 class WeightAttachment:
     """Weight changes in force on a model, until `detach`.
 
     Plain single-precision weights are swapped for changed ones and the originals kept, so generation costs nothing and
     taking the change off restores them bit for bit: nothing is ever subtracted. Where that would lose the change
     (half precision, in which small changes round away; quantised or offloaded weights), it runs as a branch beside the
-    weight: y + (x right^T) left^T.
+    weight: y + (x right^T) left^T. A condition needs the branch as well: y + (s * (x right^T)) left^T.
 
     Args:
         model: the base model.
         factors: by module name.
+        switch: the condition under which each fact is on; without one all are.
 
     Raises:
         BaseMismatchError: a module is missing or of another shape; nothing has been changed then.
     """
 
-    def __init__(self, model: Any, factors: Mapping[str, Factors]) -> None:
+    def __init__(self, model: Any, factors: Mapping[str, Factors], switch: Switch | None = None) -> None:
         modules = {name: _checked(model, name, change) for name, change in factors.items()}
         self.in_place = True  # whether all of it stands in the weights themselves
         self._originals: list[tuple[nn.Parameter, torch.Tensor]] = []
@@ -56,10 +65,10 @@ class WeightAttachment:
         try:
             for name, module in modules.items():
                 weight = module.weight
-                if isinstance(weight, nn.Parameter) and _is_plain(weight):
+                if switch is None and isinstance(weight, nn.Parameter) and _is_plain(weight):
                     self._swap(module, weight, factors[name])
                 else:
-                    self._branch(module, factors[name])
+                    self._branch(module, factors[name], switch)
                     self.in_place = False
         except BaseException:
             self.detach()
@@ -80,7 +89,7 @@ class WeightAttachment:
         self._originals.append((weight, weight.data))
         weight.data = changed
 
-    def _branch(self, module: nn.Module, change: Factors) -> None:
+    def _branch(self, module: nn.Module, change: Factors, switch: Switch | None) -> None:
         placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -88,7 +97,10 @@ class WeightAttachment:
             if keys.device not in placed:
                 placed[keys.device] = (change.left.to(keys.device), change.right.to(keys.device))
             left, right = placed[keys.device]
-            return output + ((keys.float() @ right.T) @ left.T).to(output.dtype)
+            found = keys.float() @ right.T
+            if switch is not None:
+                found = found * switch().to(found)[:, None, :]
+            return output + (found @ left.T).to(output.dtype)
 
         self._handles.append(module.register_forward_hook(hook))
 
