@@ -97,7 +97,7 @@ class SuffixCache:
         """Run texts through the clean model once and keep what later runs start from.
 
         Args:
-            texts: token ids.
+            texts: token ids; one that is there twice, with the same cut, runs once.
             cuts: for each text, the first token that later runs compute; 0 runs all of it.
             shared: for each text, how many leading tokens, at most up to its cut, it has in common with other texts; they run
                 once. Only for models that cache exactly.
@@ -109,18 +109,20 @@ class SuffixCache:
         """
         found: dict[int, tuple[torch.Tensor | None, dict[int, torch.Tensor]]] = {}
         spans: dict[int, Span] = {}
+        seen: dict[tuple[tuple[int, ...], int], int] = {}
+        same = [seen.setdefault((tuple(text), cut), i) for i, (text, cut) in enumerate(zip(texts, cuts, strict=True))]
         for prefix, members in _by_prefix(texts, shared or [0] * len(texts)).items():
             past = self._run_prefix(prefix) if prefix else None
-            order = sorted(members, key=lambda i: len(texts[i]))
+            order = sorted((i for i in members if same[i] == i), key=lambda i: len(texts[i]))
             for rows in _batches(order, [len(t) - len(prefix) for t in texts], self.model):
                 at = {row: i for i, row in enumerate(rows)}
-                wanted = [n for n, (text, _) in enumerate(reads) if text in at]
-                points = [(at[reads[n][0]], reads[n][1] - len(prefix)) for n in wanted]
+                wanted = [n for n, (text, _) in enumerate(reads) if same[text] in at]
+                points = [(at[same[reads[n][0]]], reads[n][1] - len(prefix)) for n in wanted]
                 outputs = self._clean(rows, texts, cuts, points, states, spans, past)
                 for k, n in enumerate(wanted):
                     logits = outputs.logits[k] if outputs.logits is not None else None
                     found[n] = (logits, {block: s[k] for block, s in outputs.states.items()})
-        self.spans += [spans[i] for i in range(len(texts))]
+        self.spans += [spans[i] for i in same]
         if not reads:
             return Outputs(None, {})
         logits = torch.stack([found[n][0] for n in range(len(reads))])  # type: ignore[misc]
