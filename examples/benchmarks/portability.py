@@ -217,7 +217,7 @@ def sweep_arms(world: World, layer: int, blocks: int, steps: int, seed: int) -> 
     shared = {"layers": (layer,), "steps": steps}
     for centred, band, weight in product((True, False), filter(None, bands), (0.5, 1.0, 4.0, 16.0)):
         name = f"STEAM, {'centred' if centred else 'raw'}, blocks {band[0]}-{band[-1]}, weight {weight:g}"
-        settings = {**shared, "anchor_weight": weight, "anchor_blocks": band, "centred": centred}
+        settings = {**shared, "anchor_weight": weight, "anchor_blocks": band, "anchor_frame": "centred" if centred else "raw"}
         arms.append(Arm(name, "steam", settings, sources.new_city))
     return arms
 
@@ -376,7 +376,10 @@ def main() -> None:
         arms = sweep_arms(world, arguments.layer, len(reached), arguments.edit_steps, arguments.seed)
         base = f"ROME, block {arguments.layer}"
     else:
-        steam: dict[str, Any] = {"anchor_weight": arguments.anchor_weight, "centred": not arguments.raw}
+        steam: dict[str, Any] = {
+            "anchor_weight": arguments.anchor_weight,
+            "anchor_frame": "raw" if arguments.raw else "centred",
+        }
         if arguments.anchor_blocks:
             steam["anchor_blocks"] = tuple(arguments.anchor_blocks)
         arms = main_arms(world, arguments.layer, arguments.edit_steps, arguments.seed, **steam)

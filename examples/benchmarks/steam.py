@@ -374,6 +374,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=("single", "batch"), default="single", help="one fact at a time, or many at once")
     parser.add_argument("--batch", type=int, default=100, help="facts edited at once in mode batch (default: 100)")
     parser.add_argument("--rows", type=int, help="records (default: all)")
+    parser.add_argument("--anchored", action="store_true", help="only records whose object has an anchor")
     parser.add_argument("--arms", default=",".join(ARMS[1:]), help=f"of {', '.join(ARMS)}; clean always runs")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all arms; repeatable")
     parser.add_argument("--seed", type=int, default=0)
@@ -409,7 +410,7 @@ def given_settings(pairs: Sequence[str]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     config = SteamConfig.from_dict(given_settings(options.set))
-    records = read_records(options.records, options.rows)
+    records = read_records(options.records, None if options.anchored else options.rows)
     model = EditableModelForCausalLM.from_pretrained(options.model or smollm2(), dtype=torch.float32)
     settings = config.to_dict()
     facts = json.dumps([[r.fact.to_dict(), r.relation, r.generation_prompts, r.reference_texts] for r in records])
@@ -423,6 +424,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.output.mkdir(parents=True, exist_ok=True)
     finished = Finished(options.output / "finished.jsonl" if options.output else None)
     anchoring = Anchoring(model, records, config, options.seed)
+    if options.anchored:
+        records = [record for record in records if anchoring.anchors(record.fact.target)][: options.rows]
     results = Benchmark(model, records, config, options, anchoring, finished, identity, clean).run()
 
     text = markdown(results, options, settings)

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ..base import Base
 from ..facts import Fact
 from ..positions import EncodedText, encode, fact_text
+from ..suffix import read_keys_and_states
 from ..texts import target_tails
 
-__all__ = ["GENERIC_PROMPTS", "FactTexts", "fact_texts"]
+__all__ = ["GENERIC_PROMPTS", "FactTexts", "fact_texts", "spared_prompts"]
+
+_READ_DEPTH = 0.7
+_TOO_SIMILAR = 6  # a quarter of the pool
 
 # The first is ROME's. The others ask, in wordings of our own, what is asked about people, places, works and firms.
 GENERIC_PROMPTS = (
@@ -59,7 +65,7 @@ def fact_texts(
         base: the clean model.
         contexts: put in front of the prompt; the bare prompt always comes first.
         tail_tokens: length of the clean model's own continuation behind the bare prompt's target.
-        kept_prompts: how many of `GENERIC_PROMPTS` are kept.
+        kept_prompts: how many of `GENERIC_PROMPTS` are kept, see `spared_prompts`.
     """
     prefixes = ("", *contexts)
     tails = target_tails(base, facts, tail_tokens)
@@ -71,10 +77,36 @@ def fact_texts(
             for p in prefixes
         ],
     )
-    generic = GENERIC_PROMPTS[:kept_prompts]
-    kept = encode(base.tokenizer, [fact_text(f, prompt=prompt) for f in facts for prompt in generic])
-    width, each = len(prefixes), len(generic)
+    spared = spared_prompts(base, facts, kept_prompts)
+    kept = encode(base.tokenizer, [fact_text(f, prompt=prompt) for f, own in zip(facts, spared, strict=True) for prompt in own])
+    width, each = len(prefixes), kept_prompts
     return [
         FactTexts(tuple(rewrites[i * width : (i + 1) * width]), tuple(kept[i * each : (i + 1) * each]))
         for i in range(len(facts))
     ]
+
+
+def spared_prompts(base: Base, facts: Sequence[Fact], count: int) -> list[tuple[str, ...]]:
+    """For each fact, the generic prompts after which its subject shall go on as before.
+
+    Of the pool, those that ask for the most similar thing to the fact's own prompt stay out: to keep their answers would hold
+    back the fact's paraphrases. Similar is what the clean model reads out of both at 0.7 of its depth: the cosine of the states
+    at the prompts' ends, less their mean over the pool, each dimension by its deviation.
+
+    Args:
+        count: how many for each fact; with one it is ROME's "{} is a" for all.
+    """
+    if count == 1 or not facts:
+        return [GENERIC_PROMPTS[:1]] * len(facts)
+    layout = base.layout()
+    block = layout.at_depth(_READ_DEPTH)
+    texts = encode(base.tokenizer, [fact_text(f, prompt=prompt) for f in facts for prompt in (f.prompt, *GENERIC_PROMPTS)])
+    ends = [(i, len(text.ids) - 1) for i, text in enumerate(texts)]
+    _, states = read_keys_and_states(base.model, layout, [t.ids for t in texts], ends, blocks=(block,), last=block)
+    found = states[block].float().view(len(facts), 1 + len(GENERIC_PROMPTS), -1)
+    centred = found - found[:, 1:].mean(1, keepdim=True)
+    centred = centred / centred.flatten(0, 1).std(0).clamp(min=1e-6)
+    likeness = torch.cosine_similarity(centred[:, :1], centred[:, 1:], dim=-1)
+    out = min(_TOO_SIMILAR, len(GENERIC_PROMPTS) - count)
+    left = [sorted(row.argsort()[: len(GENERIC_PROMPTS) - out].tolist())[:count] for row in likeness]
+    return [tuple(GENERIC_PROMPTS[i] for i in row) for row in left]

@@ -103,7 +103,7 @@ def optimize_values(
     *,
     objective: Objective | None = None,
     layout: Layout | None = None,
-    batch_facts: int = 16,
+    batch_facts: int = 64,
     progress: bool = True,
 ) -> Values:
     """Optimise each fact's residual at one block.

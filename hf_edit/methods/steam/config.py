@@ -96,7 +96,7 @@ class SteamConfig(EditConfig):
     min_references: int = setting(3, "fewer recalled references than this make no anchor")
     max_references: int = setting(50, "references behind an anchor at most")
     max_per_relation: int = setting(10, "references of one relation at most")
-    batch_facts: int = setting(16, "facts whose values are optimised together")
+    batch_facts: int = setting(64, "facts whose values are optimised together")
     edit_module: str | None = setting(
         None, "name of the MLP output projections with {} for the block, where they can't be found by structure"
     )
