@@ -5,7 +5,7 @@ import torch
 from conftest import FACTS
 
 from hf_edit.alignment import general_references, reference_cosines, reference_states, score_references
-from hf_edit.references import Reference
+from hf_edit.references import Reference, bank_relations
 
 TOKYO = [Reference("capital", "Japan", ("The capital of {} is",), "Tokyo")]
 TOKYO.append(Reference("continent", "Yes", ("{}. The capital of",), "Tokyo"))
@@ -45,10 +45,14 @@ def test_a_fact_without_references_has_no_cosine(llama):
 
 
 def test_a_reference_is_recalled_by_its_own_object(llama):
-    said = llama.ask("The capital of Japan is", max_new_tokens=1)[0].strip()
-    right, wrong = score_references(
-        llama, [Reference("capital", "Japan", ("The capital of {} is",), o) for o in (said, "Rome")]
+    # some prompt that the random model goes on from with a whole word
+    prompts = [f"The capital of {subject} is" for subject, _ in bank_relations()[0].facts[:48]]
+    prompt, said = next(
+        (p, a) for p, a in zip(prompts, llama.ask(prompts, max_new_tokens=1), strict=True) if a[:1] == " " and a[1:].isalpha()
     )
+    subject = prompt[len("The capital of ") : -len(" is")]
+    objects = [said.strip(), "Rome" if said.strip() != "Rome" else "Tokyo"]
+    right, wrong = score_references(llama, [Reference("capital", subject, ("The capital of {} is",), o) for o in objects])
     assert right.right
     assert right.rank == 0
     assert not wrong.right

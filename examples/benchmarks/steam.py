@@ -28,7 +28,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from smollm2 import smollm2
 from tqdm.auto import tqdm
 
 from hf_edit import EditableModelForCausalLM, Fact, SteamConfig
-from hf_edit.alignment import ReferenceStates, reference_cosines, reference_states, score_references
+from hf_edit.alignment import ReferenceStates, general_references, reference_cosines, reference_states, score_references
 from hf_edit.cache import atomic_path
 from hf_edit.evaluation import CleanAnswers, bootstrap, paired_bootstrap
 from hf_edit.references import Reference, bank
@@ -192,12 +192,14 @@ class Benchmark:
     finished: Finished
     identity: str
     clean: CleanAnswers | None = None
+    held: ReferenceStates | None = None
 
     def run(self) -> list[dict[str, Any]]:
         """The results of all arms and groups, those of earlier runs included."""
         size = 1 if self.options.mode == "single" else self.options.batch
         groups = [self.records[i : i + size] for i in range(0, len(self.records), size)]
         results = []
+        self._read_held_out()
         with tqdm(total=len(groups) * len(self.options.arms), unit="group", dynamic_ncols=True) as shown:
             for group in groups:
                 for arm in self.options.arms:
@@ -211,10 +213,13 @@ class Benchmark:
                     shown.update(1)
         return results
 
+    def _read_held_out(self) -> None:
+        """All records' held-out references, once: no arm can change what the clean model says of them."""
+        references = [self.anchoring.held_out(r.fact.target) for r in self.records]
+        self.held = reference_states(self.model, references, general=general_references())
+
     def _group(self, arm: str, group: Sequence[Record]) -> dict[str, Any]:
         facts = [r.fact for r in group]
-        with self.model.disable_edits():
-            held = reference_states(self.model, [self.anchoring.held_out(f.target) for f in facts])
         started = time.perf_counter()
         if arm == "base":
             self._edit(facts, anchor_weight=0.0)
@@ -222,7 +227,7 @@ class Benchmark:
             self._edit(facts, references=self.anchoring.source(arm))
         seconds = time.perf_counter() - started
         try:
-            rows = self._measure(group, held)
+            rows = self._measure(group)
         finally:
             self.model.rollback()
         for record in group:
@@ -236,7 +241,7 @@ class Benchmark:
     def _edit(self, facts: Sequence[Fact], **settings: Any) -> None:
         self.model.edit(facts, "steam", config=self.config, verify=False, progress=False, seed=self.options.seed, **settings)
 
-    def _measure(self, group: Sequence[Record], held: ReferenceStates) -> dict[str, dict[str, float]]:
+    def _measure(self, group: Sequence[Record]) -> dict[str, dict[str, float]]:
         facts = [r.fact for r in group]
         shared = {"progress": False, "batch_size": self.options.batch_size}
         forced = self.model.evaluate(facts, mode="teacher_forced", clean=self.clean, **shared)
@@ -256,6 +261,9 @@ class Benchmark:
         )
         self.clean = free.clean or self.clean
         rows = {str(a.fact.id): {**a.scores, **b.scores} for a, b in zip(forced, free, strict=True)}
+        assert self.held is not None
+        first = self.records.index(group[0])
+        held = replace(self.held, means=self.held.means[first : first + len(group)])
         cosines = reference_cosines(self.model, facts, held, self.options.batch_size)
         depth = len(cosines.blocks)
         thirds = {
