@@ -143,10 +143,9 @@ def anchor_of(base: Base, obj: str, pool: Iterable[Reference], settings: AnchorS
         recalled = recalled[: settings.maximum] if len(recalled) >= settings.minimum else []
         known = [i for i in recalled if chosen[i].relation in by_relation]
         free = [states[i] - by_relation[chosen[i].relation] for i in known]
-        nothing = torch.zeros(blocks, hidden)
         return {
-            "mean": states[recalled].mean(0) if recalled else nothing,
-            "share": torch.stack(free).mean(0) if free else nothing,
+            "mean": states[recalled].mean(0) if recalled else torch.zeros(blocks, hidden),
+            "share": torch.stack(free).mean(0) if free else torch.zeros(blocks, hidden),
             "count": torch.tensor(len(recalled)),
         }
 
