@@ -3,8 +3,9 @@
     python examples/benchmarks/value_optimization.py FACTS [--facts 64] [--steps 20] [--plain 4] [--rotation 3]
 
 The plain way is what the papers' algorithm says word for word: one fact at a time, whole prompts, logits everywhere,
-everything run again at each step. Beside the ratio at the same losses stands the one with texts taking turns (`rotation`): as
-many steps, each over the bare prompt and its share of the other texts, as `SteamConfig` has it by default. FACTS is a .jsonl, .json or .csv file of facts (records of CounterFact and zsRE are read).
+everything run again at each step. Beside the ratio at the same losses stands the one with texts that take turns: as many steps,
+each over the bare prompt and its share of the other texts (`SteamConfig.rotation`). FACTS is a .jsonl, .json or .csv file of
+facts (records of CounterFact and zsRE are read).
 """
 
 from __future__ import annotations
