@@ -47,6 +47,7 @@ from hf_edit.references import Reference, bank
 ARMS = ("clean", "base", "steam", "random", "wrong")
 COMPARED = (("steam", "base"), ("steam", "random"), ("steam", "wrong"))
 NEAR = 10  # a reference is recalled where its object's first token is among the model's first ten
+ENOUGH = 10  # records, with fewer of which an interval says little
 TEXT_METRICS = ("fluency", "consistency")
 
 
@@ -220,6 +221,8 @@ class Benchmark:
 
     def _group(self, arm: str, group: Sequence[Record]) -> dict[str, Any]:
         facts = [r.fact for r in group]
+        controlled = arm not in ("clean", "base")
+        found = [bool(self.anchoring.source(arm)(f.target)) if controlled else True for f in facts]  # drawn ahead of the clock
         started = time.perf_counter()
         if arm == "base":
             self._edit(facts, anchor_weight=0.0)
@@ -230,12 +233,9 @@ class Benchmark:
             rows = self._measure(group)
         finally:
             self.model.rollback()
-        for record in group:
-            anchored = bool(self.anchoring.anchors(record.fact.target))
+        for fact, control in zip(facts, found, strict=True):
             # a control that could not be found leaves the fact without an anchor in this arm
-            rows[str(record.fact.id)]["anchored"] = float(
-                anchored and (arm in ("clean", "base", "steam") or bool(self.anchoring.source(arm)(record.fact.target)))
-            )
+            rows[str(fact.id)]["anchored"] = float(control and bool(self.anchoring.anchors(fact.target)))
         return {"rows": rows, "seconds": seconds}
 
     def _edit(self, facts: Sequence[Fact], **settings: Any) -> None:
@@ -324,7 +324,7 @@ def differences(arms: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterat
 
 
 def table(lines: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str], interval: bool) -> list[str]:
-    """Markdown; an interval that is clear of zero makes its difference bold."""
+    """Markdown; an interval that is clear of zero makes its difference bold, where there are enough records to have one."""
     if not lines:
         return ["No record has what this table needs."]
     shown = [f"| metric | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
@@ -336,7 +336,7 @@ def table(lines: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str]
                 cells.append("")
             elif interval:
                 text = f"{cell['mean']:+.3f}"
-                clear = cell["low"] > 0 or cell["high"] < 0
+                clear = cell["count"] >= ENOUGH and (cell["low"] > 0 or cell["high"] < 0)
                 cells.append(f"{f'**{text}**' if clear else text} [{cell['low']:+.3f}, {cell['high']:+.3f}]")
             else:
                 cells.append(f"{cell['mean']:.3f}")
