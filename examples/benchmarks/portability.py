@@ -191,9 +191,9 @@ class Sources:
         return [Reference(wording, s, (wording,), obj) for wording in ONE_HOP[relation] for s in people]
 
 
-def main_arms(world: World, layer: int, steps: int, seed: int, **steam: Any) -> list[Arm]:
+def main_arms(world: World, layer: int, editing: dict[str, Any], seed: int, **steam: Any) -> list[Arm]:
     """The comparison: base editors, STEAM on ROME, and its controls."""
-    shared = {"layers": (layer,), "steps": steps}
+    shared = {"layers": (layer,), **editing}
     sources = Sources(world, seed)
     return [
         Arm("ROME", "rome", shared),
@@ -204,17 +204,17 @@ def main_arms(world: World, layer: int, steps: int, seed: int, **steam: Any) -> 
     ]
 
 
-def sweep_arms(world: World, layer: int, blocks: int, steps: int, seed: int) -> list[Arm]:
+def sweep_arms(world: World, layer: int, blocks: int, editing: dict[str, Any], seed: int) -> list[Arm]:
     """ROME and STEAM at every block, then STEAM's settings at one."""
     sources = Sources(world, seed)
     arms = []
     for block in range(blocks - 1):
-        shared = {"layers": (block,), "steps": steps}
+        shared = {"layers": (block,), **editing}
         arms += [Arm(f"ROME, block {block}", "rome", shared)]
         arms += [Arm(f"STEAM, block {block}", "steam", shared, sources.new_city)]
     above = tuple(range(layer + 1, blocks))
     bands = dict.fromkeys((above, above[: len(above) // 2], above[len(above) // 2 :]))
-    shared = {"layers": (layer,), "steps": steps}
+    shared = {"layers": (layer,), **editing}
     for centred, band, weight in product((True, False), filter(None, bands), (0.5, 1.0, 4.0, 16.0)):
         name = f"STEAM, {'centred' if centred else 'raw'}, blocks {band[0]}-{band[-1]}, weight {weight:g}"
         settings = {**shared, "anchor_weight": weight, "anchor_blocks": band, "anchor_frame": "centred" if centred else "raw"}
@@ -351,6 +351,7 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=60, help="edits (default: 60)")
     parser.add_argument("--layer", type=int, default=1, help="the block to edit (default: 1)")
     parser.add_argument("--edit-steps", type=int, default=20, help="steps of each value optimisation (default: 20)")
+    parser.add_argument("--clamp", type=float, default=3.0, help="|delta| at most, relative to the stream (default: 3)")
     parser.add_argument("--anchor-weight", type=float, default=4.0)
     parser.add_argument("--anchor-blocks", type=int, nargs="+", help="by default the middle third, above the edited block")
     parser.add_argument("--raw", action="store_true", help="align without taking off the mean state")
@@ -372,8 +373,9 @@ def main() -> None:
     for block, row in enumerate(reached):
         print(f"| {block} | {' | '.join(f'{100 * value:.1f}' for value in row.values())} |")
 
+    editing = {"steps": arguments.edit_steps, "clamp": arguments.clamp}
     if arguments.sweep:
-        arms = sweep_arms(world, arguments.layer, len(reached), arguments.edit_steps, arguments.seed)
+        arms = sweep_arms(world, arguments.layer, len(reached), editing, arguments.seed)
         base = f"ROME, block {arguments.layer}"
     else:
         steam: dict[str, Any] = {
@@ -382,7 +384,7 @@ def main() -> None:
         }
         if arguments.anchor_blocks:
             steam["anchor_blocks"] = tuple(arguments.anchor_blocks)
-        arms = main_arms(world, arguments.layer, arguments.edit_steps, arguments.seed, **steam)
+        arms = main_arms(world, arguments.layer, editing, arguments.seed, **steam)
         base = "ROME"
     found = run(model, world, moves, arms)
     compared = differences(found, base)
