@@ -51,10 +51,10 @@ def main() -> None:
     model = EditableModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
     flows = {}
     # the same base editor in both, so that the anchors are all that differs
-    for method, settings in (("memit", {}), ("steam", {"base_editor": "memit"})):
-        print(model.edit(FACT, method, progress=False, **settings), end="\n\n")
-        flows[method] = residual_flow(model, FACT, references=HELD_OUT, others=CITIES)
-        print(flows[method], end="\n\n")
+    for name, settings in (("MEMIT", {"anchor_weight": 0.0}), ("STEAM", {})):
+        print(model.edit(FACT, "steam", base_editor="memit", progress=False, **settings), end="\n\n")
+        flows[name] = residual_flow(model, FACT, references=HELD_OUT, others=CITIES)
+        print(f"{name}\n{flows[name]}", end="\n\n")
         model.rollback()
     if arguments.figure is not None:
         plot_flow(flows, arguments.figure)

@@ -196,8 +196,8 @@ def main_arms(world: World, layer: int, editing: dict[str, Any], seed: int, **st
     shared = {"layers": (layer,), **editing}
     sources = Sources(world, seed)
     return [
-        Arm("ROME", "rome", shared),
-        Arm("MEMIT", "memit", shared),
+        Arm("ROME", "steam", {**shared, "anchor_weight": 0.0}),
+        Arm("MEMIT", "steam", {**shared, "anchor_weight": 0.0, "base_editor": "memit"}),
         Arm("STEAM", "steam", {**shared, **steam}, sources.new_city),
         Arm("STEAM, wrong city", "steam", {**shared, **steam}, sources.wrong_city),
         Arm("STEAM, other relation", "steam", {**shared, **steam}, sources.other_relation),
@@ -210,7 +210,7 @@ def sweep_arms(world: World, layer: int, blocks: int, editing: dict[str, Any], s
     arms = []
     for block in range(blocks - 1):
         shared = {"layers": (block,), **editing}
-        arms += [Arm(f"ROME, block {block}", "rome", shared)]
+        arms += [Arm(f"ROME, block {block}", "steam", {**shared, "anchor_weight": 0.0})]
         arms += [Arm(f"STEAM, block {block}", "steam", shared, sources.new_city)]
     above = tuple(range(layer + 1, blocks))
     bands = dict.fromkeys((above, above[: len(above) // 2], above[len(above) // 2 :]))

@@ -24,7 +24,7 @@ from ...weights.values import ValueSettings, optimize_values
 from .. import Fit, register_method
 from .alignment import Alignment, Contrast
 from .anchors import Anchors, build_anchors, informative_blocks
-from .config import SteamConfig
+from .config import BaselineConfig, SteamConfig
 
 __all__ = ["Steam"]
 
@@ -40,13 +40,13 @@ class Steam:
         anchored: whether values are pulled towards semantic anchors.
     """
 
-    config_class = SteamConfig
     in_weights = True
 
     def __init__(self, name: str, editor: str | None = None, anchored: bool = True) -> None:
         self.name = name
         self._editor = editor
         self._anchored = anchored
+        self.config_class: type[SteamConfig] = SteamConfig if anchored else BaselineConfig
 
     def fit(
         self,
