@@ -106,14 +106,18 @@ def _plain_losses(base, layout, fact, settings, scale):
     rows = [*fact.rewrites, *fact.kept]
     ids, mask = pad([t.ids for t in rows])
     states = []
-    read = module if scale is None else layout.blocks[settings.block]
-    handle = read.register_forward_hook(lambda _, __, out: states.append(hidden_of(out)))
+    handles = [
+        read.register_forward_hook(lambda _, __, out: states.append(hidden_of(out)))
+        for read in (module, layout.blocks[settings.block])
+    ]
     with torch.no_grad():
         clean = base.model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     clean[0, :, rows[0].labels[0]] = -10.0  # behind the target the clean model may not say it again
     clean[0] = clean[0].log_softmax(-1)
-    norm = states[0][0, rows[0].subject].norm() / (scale or 1.0)
+    output, stream = (state.view(*ids.shape, -1)[0, rows[0].subject].norm() for state in states)
+    norm = output if scale is None else stream / scale
     delta = torch.zeros(48, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=settings.lr)
     losses = []
@@ -139,7 +143,7 @@ def _plain_losses(base, layout, fact, settings, scale):
         loss = loss + settings.kl_factor * sum(essence) / len(essence)
         losses.append(loss.detach())
         adam.zero_grad()
-        (loss + settings.weight_decay * delta.norm() / norm**2).backward()
+        (loss + settings.weight_decay * delta.norm() / (norm * stream)).backward()
         adam.step()
         with torch.no_grad():
             delta *= min(1.0, float(settings.clamp * norm / delta.norm()))

@@ -213,7 +213,8 @@ class _Problem:
             fit, kept, tail, aligned = self.terms(self.turns[number % len(self.turns)], settings.enough)
             losses.append((fit + settings.kl_factor * kept + settings.tail_factor * tail).detach())
             loss = share * fit + settings.kl_factor * kept + settings.tail_factor * tail
-            loss = (loss + settings.weight_decay * self.delta.norm(dim=1) / norms**2).sum()
+            # |v|^2 where both norms are one; behind a norm |v| says nothing about the stream's scale
+            loss = (loss + settings.weight_decay * self.delta.norm(dim=1) / (norms * self.states.norm(dim=1))).sum()
             if self.objective is not None:
                 term = self.objective.loss(facts, aligned)
                 if weight is None:

@@ -15,6 +15,7 @@ from ...alignment import score_references
 from ...base import Base
 from ...cache import atomic_path, cache_folder
 from ...facts import Fact, fold
+from ...progress import bar
 from ...references import Reference, balanced, bank, bank_relations, open_source
 
 __all__ = ["AnchorSettings", "Anchors", "ObjectAnchor", "anchor_of", "build_anchors", "centre", "informative_blocks"]
@@ -83,7 +84,13 @@ class Anchors:
 
 
 def build_anchors(
-    base: Base, facts: Sequence[Fact], blocks: tuple[int, ...], settings: AnchorSettings, *, contrast: int = 0
+    base: Base,
+    facts: Sequence[Fact],
+    blocks: tuple[int, ...],
+    settings: AnchorSettings,
+    *,
+    contrast: int = 0,
+    progress: bool = False,
 ) -> Anchors:
     """Anchors of the facts' targets, read on the clean model.
 
@@ -93,6 +100,7 @@ def build_anchors(
     Args:
         blocks: where the streams will be compared.
         contrast: how many other objects of the bank to read anchors of, and the facts' old objects with them.
+        progress: show a progress bar.
     """
     references = open_source(settings.source, facts=facts)
 
@@ -100,7 +108,11 @@ def build_anchors(
         return anchor_of(base, obj, references(obj), settings)
 
     found = {fold(f.target): f.target for f in facts}
-    anchors = {key: anchor(obj) for key, obj in found.items()}
+    anchors = {}
+    with bar(len(found), "reading anchors", "object", progress) as shown:
+        for key, obj in found.items():
+            anchors[key] = anchor(obj)
+            shown.update()
     old, others = {}, {}
     if contrast:
         old = {fold(f.target_old): anchor(f.target_old) for f in facts if f.target_old}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -162,7 +162,9 @@ class _Job:
         config = self.config
         blocks = self.anchor_blocks()
         contrast = config.negatives if config.alignment == "contrastive" else 0
-        return build_anchors(self.base, facts, blocks, config.anchor_settings, contrast=contrast) if blocks else None
+        if not blocks:
+            return None
+        return build_anchors(self.base, facts, blocks, config.anchor_settings, contrast=contrast, progress=self.progress)
 
     def objective(self, anchors: Anchors, group: Sequence[int]) -> Alignment:
         """The alignment term of facts that are edited together."""
@@ -172,7 +174,23 @@ class _Job:
         return Alignment(anchors, group, config.anchor_weight, config.anchor_ratio)
 
     def fit(self, facts: Sequence[Fact], objective: Alignment | None, earlier: Sequence[Fact]) -> dict[str, Update]:
-        """Values and their insertion, for facts that are edited together on top of earlier ones."""
+        """Values and their insertion, for facts that are edited together on top of earlier ones.
+
+        Where blocks normalise what an MLP writes, a residual can't be spread over several of them, and one of them can only do
+        so much: its write has the length that the norm gives it. So each layer is edited by itself there, on the last.
+        """
+        if len(self.layers) == 1 or write_scale(self.base.model, self.layout, self.layers[-1]) is not None:
+            return self._fit_together(facts, objective, earlier)
+        updates: dict[str, Update] = {}
+        with ExitStack() as stack:
+            for block in self.layers:
+                found = replace(self, layers=(block,))._fit_together(facts, objective, earlier)
+                updates |= found
+                attachment = WeightAttachment(self.base.model, {name: u.factors for name, u in found.items()})
+                stack.callback(attachment.detach)
+        return updates
+
+    def _fit_together(self, facts: Sequence[Fact], objective: Alignment | None, earlier: Sequence[Fact]) -> dict[str, Update]:
         config = self.config
         settings = ValueSettings(
             block=self.layers[-1],
@@ -218,9 +236,6 @@ def _layers(base: Base, layout: Layout, config: SteamConfig, editor: str) -> tup
         layers = tuple(sorted({layout.block(b) for b in config.layers}))
     else:
         layers = tuple(layout.recall_blocks())
-        # Behind a norm a residual can't be spread over several blocks.
-        if write_scale(base.model, layout, layers[-1]) is None:
-            layers = layers[-1:]
     return layers[-1:] if editor in ONE_BY_ONE else layers
 
 
