@@ -12,7 +12,14 @@ from conftest import FACTS, QUICK_LKS, QUICK_STEAM, same, snapshot, tiny_model
 from hf_edit import ConflictingEditsError, EditableModelForCausalLM, Fact, MergeError, available_methods
 from hf_edit.methods import get_method
 
-QUICK = {"steam": QUICK_STEAM, "memit": QUICK_STEAM, "rome": QUICK_STEAM, "lks": QUICK_LKS}
+QUICK = {
+    "steam": QUICK_STEAM,
+    "memit": QUICK_STEAM,
+    "rome": QUICK_STEAM,
+    # a tiny model's keys fill all directions: "null" are those that they use less
+    "alphaedit": {**QUICK_STEAM, "null_space_threshold": 0.5, "ridge": 0.01},
+    "lks": QUICK_LKS,
+}
 
 
 def _landed(report):
@@ -40,9 +47,44 @@ def test_edits_land_and_roll_back_bit_for_bit_on_every_architecture(architecture
     assert not model.list_edits()
 
 
-@pytest.mark.parametrize("method", ["steam", "rome", "memit"])
+@pytest.mark.parametrize("method", ["steam", "rome", "memit", "alphaedit"])
 def test_a_single_fact_lands_with_every_base_editor(llama, method):
     assert _landed(_edit(llama, FACTS[0], method))
+
+
+@pytest.mark.parametrize("method", ["memit", "alphaedit"])
+def test_a_later_batch_leaves_the_earlier_one_in_place(llama, method):
+    first = _edit(llama, FACTS[:2], method)
+    assert _landed(first)
+    assert _landed(_edit(llama, FACTS[2:], method))
+    now = llama.evaluate(FACTS[:2], metrics=["efficacy"], mode="teacher_forced", progress=False)
+    gains = [math.log(r.probability / r.probability_before) for r in first]
+    left = [-row.scores["efficacy.nll"] - math.log(r.probability_before) for r, row in zip(first, now, strict=True)]
+    assert sum(left) > 0.5 * sum(gains)
+    assert [f.target for f in llama.list_edits()] == [f.target for f in FACTS]
+
+
+def test_base_editors_by_themselves_are_as_in_their_papers():
+    for method in ("rome", "memit", "alphaedit"):
+        config = get_method(method).config_class()
+        assert (config.kl_factor, config.kept_prompts, config.enough, config.balance) == (0.0625, 1, None, False)
+        assert (config.rotation, config.tail_factor, config.anchor_weight) == (1, 0.0, 0.0)
+
+
+def test_the_report_shows_the_perplexity_and_warns_before_a_collapse(llama, monkeypatch, caplog):
+    monkeypatch.setattr("hf_edit.model.COLLAPSE", 1e9)
+    report = _edit(llama, FACTS[:2])
+    assert report.perplexity_clean > 0
+    assert report.perplexity == pytest.approx(llama.perplexity())
+    assert report.notes == ()
+    assert "perplexity" in str(report)
+    monkeypatch.setattr("hf_edit.model.COLLAPSE", 1e-9)
+    report = _edit(llama, FACTS[2:])
+    assert "writes worse" in report.notes[0]
+    assert "writes worse" in caplog.text
+    llama.rollback()
+    assert llama.perplexity() == pytest.approx(report.perplexity_clean)
+    assert _edit(llama, FACTS[:2], "lks").perplexity is None  # weights untouched
 
 
 def test_rome_takes_several_facts_one_after_another(llama):
@@ -198,7 +240,7 @@ def test_a_wrong_setting_is_named_with_the_one_that_was_meant(llama):
         llama.edit(FACTS, steps="many")
     with pytest.raises(ValueError, match="lks"):
         llama.edit(FACTS, method="no-such-method")
-    assert {"steam", "lks", "rome", "memit"} <= set(available_methods())
+    assert {"steam", "lks", "rome", "memit", "alphaedit"} <= set(available_methods())
 
 
 def test_the_model_is_left_in_the_mode_it_was_in(llama):
