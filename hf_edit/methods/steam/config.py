@@ -50,10 +50,10 @@ class SteamConfig(EditConfig):
     steps: int = setting(20, "steps of Adam for each value")
     lr: float | None = setting(None, "step size of Adam; by default a tenth of the stream's root mean square")
     weight_decay: float = setting(0.5, "weight of |delta| / |v|^2")
-    kl_factor: float = setting(4.0, "weight of KL(edited || clean) after prompts about the subject")
-    kept_prompts: int = setting(9, "how many such prompts, of a pool of 24; with 1 it is '{subject} is a'")
-    enough: float | None = setting(0.9, "stop pushing a target whose probability is above this; None never stops")
-    balance: bool = setting(True, "let facts that are short of `enough` weigh fit over KL, and the others KL over fit")
+    kl_factor: float = setting(0.0625, "weight of KL(edited || clean) after prompts about the subject")
+    kept_prompts: int = setting(1, "how many such prompts, of a pool of 24; with 1 it is '{subject} is a'")
+    enough: float | None = setting(None, "stop pushing a target whose probability is above this; None never stops")
+    balance: bool = setting(False, "let facts that are short of `enough` weigh fit over KL, and the others KL over fit")
     rotation: int = setting(3, "take turns: each step runs one part in so many of the contexts, kept prompts and tails")
     tail_factor: float = setting(0.25, "weight of KL(edited || clean) behind the target, which keeps it from being said again")
     tail_tokens: int = setting(6, "tokens behind the target that this term reads")
@@ -125,6 +125,12 @@ class SteamConfig(EditConfig):
             "statistics_tokens is for the model's own text; leave it out where statistics are given",
         )
 
+    @classmethod
+    def sparing(cls, **settings: Any) -> SteamConfig:
+        """Settings that spare the same subject's other facts, at a price in paraphrases and, in large batches, in facts that
+        hold; single settings over them. `examples/benchmarks/README.md` has the frontier."""
+        return cls(**{"kept_prompts": 9, "kl_factor": 4.0, "enough": 0.9, "balance": True, **settings})
+
     @property
     def anchor_settings(self) -> AnchorSettings:
         """What concerns the anchors alone."""
@@ -142,10 +148,6 @@ class BaselineConfig(SteamConfig):
     """Settings of the base editors by themselves (`"rome"`, `"memit"`, `"alphaedit"`): by default what their papers have, with
     all texts at each step, "{} is a" alone for the KL term, and targets pushed as far as the clamp lets them."""
 
-    kl_factor: float = setting(0.0625, "weight of KL(edited || clean) after prompts about the subject")
-    kept_prompts: int = setting(1, "how many such prompts, of a pool of 24; with 1 it is '{subject} is a'")
-    enough: float | None = setting(None, "stop pushing a target whose probability is above this; None never stops")
-    balance: bool = setting(False, "let facts that are short of `enough` weigh fit over KL, and the others KL over fit")
     rotation: int = setting(1, "take turns: each step runs one part in so many of the contexts, kept prompts and tails")
     tail_factor: float = setting(0.0, "weight of KL(edited || clean) behind the target, which keeps it from being said again")
     anchor_weight: float = setting(0.0, "unused: a base editor has no anchors")
