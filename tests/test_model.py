@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import FACTS, QUICK_LKS, QUICK_STEAM, same, snapshot, tiny_model
 
-from hf_edit import ConflictingEditsError, EditableModelForCausalLM, Fact, MergeError, available_methods
+from hf_edit import ConflictingEditsError, EditableModelForCausalLM, Fact, MergeError, SteamConfig, available_methods
 from hf_edit.methods import get_method
 
 QUICK = {
@@ -69,6 +69,15 @@ def test_base_editors_by_themselves_are_as_in_their_papers():
         config = get_method(method).config_class()
         assert (config.kl_factor, config.kept_prompts, config.enough, config.balance) == (0.0625, 1, None, False)
         assert (config.rotation, config.tail_factor, config.anchor_weight) == (1, 0.0, 0.0)
+
+
+def test_sparing_settings_are_settings_like_any_other(llama):
+    config = SteamConfig.sparing(steps=3, kl_factor=1.0)
+    assert (config.kept_prompts, config.kl_factor, config.steps) == (9, 1.0, 3)
+    assert SteamConfig.from_dict(config.to_dict()) == config
+    report = llama.edit(FACTS[:2], config=config, statistics_tokens=1024, contexts=0, anchor_weight=0.0, progress=False)
+    assert len(report) == 2
+    assert llama.packs["default"].config.kept_prompts == 9
 
 
 def test_the_report_shows_the_perplexity_and_warns_before_a_collapse(llama, monkeypatch, caplog):
