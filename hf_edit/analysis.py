@@ -389,7 +389,7 @@ def _anchors(
 
 def _known(base: Base, facts: Sequence[Fact], old: Sequence[_Old], references: Any, blocks: tuple[int, ...]) -> _Known:
     """Anchors and references of the targets and of the old objects."""
-    asked = [*facts, *(f.replace(target=o.name) for f, o in zip(facts, old, strict=True) if o.name)]
+    asked = [*facts, *(f.replace(target=o.name, references=()) for f, o in zip(facts, old, strict=True) if o.name)]
     states, centre, counts = _anchors(base, asked, blocks, references=references)
     anchors = {f.target.casefold(): s for f, s, n in zip(asked, states, counts, strict=True) if n}
     subjects = sorted({f.subject for f in facts})
@@ -420,7 +420,8 @@ def _others(
     else:
         names = _named_objects(targets, others)
     # References must not mention any of the facts' subjects, so every fact takes part.
-    asked = [facts[i % len(facts)].replace(target=names[i % len(names)]) for i in range(max(len(names), len(facts)))]
+    bare = [fact.replace(references=()) for fact in facts]
+    asked = [bare[i % len(bare)].replace(target=names[i % len(names)]) for i in range(max(len(names), len(bare)))]
     states, _, counts = _anchors(base, asked, blocks, references="bank", max_references=_OTHER_REFERENCES)
     rows = [i for i in range(len(names)) if counts[i]][: others if isinstance(others, int) else None]
     return _Others(tuple(names[i] for i in rows), states[rows])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from .base import Base
 from .cache import atomic_path, cache_folder
 from .prose import perplexity
+from .suffix import frozen
 from .texts import sample_ids
 
 __all__ = ["COLLAPSE", "Health", "own_text"]
@@ -22,11 +23,13 @@ _TEXTS, _LENGTH, _SEED = 16, 48, 20240  # another seed than the key statistics',
 
 def own_text(base: Base) -> list[str]:
     """Text of the clean model's own, sampled once a model: call it while no edit is in force."""
-    path = cache_folder("own_text", base.fingerprint) / f"{_SEED}-{_TEXTS}-{_LENGTH}.safetensors"
+    name = f"{base.tokenizer_fingerprint[:16]}-{_SEED}-{_TEXTS}-{_LENGTH}.safetensors"
+    path = cache_folder("own_text", base.fingerprint) / name
     if path.exists():
         rows = load_file(path)["ids"].tolist()
     else:
-        rows = [row[:_LENGTH] for row in sample_ids(base, _TEXTS, _LENGTH, _SEED)]
+        with frozen(base.model):
+            rows = [row[:_LENGTH] for row in sample_ids(base, _TEXTS, _LENGTH, _SEED)]
         with atomic_path(path) as temporary:
             save_file({"ids": torch.tensor(rows)}, temporary)
     return base.tokenizer.batch_decode(rows, skip_special_tokens=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -234,7 +235,10 @@ class EditableModelForCausalLM(nn.Module):
 
     def _check_health(self) -> dict[str, Any]:
         """Perplexity on the model's own text before all edits and now, for the report; warns of a collapse."""
-        now = self.perplexity()
+        try:
+            now = self.perplexity()
+        except (ValueError, OSError, SafetensorError) as error:  # a measure must not undo a good edit
+            return {"notes": (f"perplexity could not be measured: {error}",)}
         assert self._health is not None
         clean = self._health.clean
         notes: tuple[str, ...] = ()

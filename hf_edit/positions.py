@@ -64,6 +64,10 @@ class EncodedText:
         """The target's token ids."""
         return self.ids[self.target[0] : self.target[1]]
 
+    def followed_by(self, ids: Sequence[int]) -> EncodedText:
+        """The same text with tokens behind it."""
+        return EncodedText((*self.ids, *ids), self.subject, self.target)
+
 
 def joined_without_space(character: str) -> bool:
     """Whether a script writes this character without spaces between words."""
@@ -79,7 +83,7 @@ def join(prompt: str, target: str) -> str:
     return f"{prompt} {target}"
 
 
-def fact_text(fact: Fact, *, prefix: str = "", prompt: str | None = None, target: str | None = None, tail: str = "") -> Text:
+def fact_text(fact: Fact, *, prefix: str = "", prompt: str | None = None, target: str | None = None) -> Text:
     """A fact's prompt as running text, with the spans of subject and target.
 
     Args:
@@ -87,7 +91,6 @@ def fact_text(fact: Fact, *, prefix: str = "", prompt: str | None = None, target
         prefix: text in front of the prompt.
         prompt: another wording, with ``{}`` for the subject; by default the fact's own.
         target: the continuation to append; None for the bare prompt.
-        tail: text behind the target, as it follows (with its own leading space).
 
     Raises:
         SubjectNotFoundError: `prompt` has no ``{}``.
@@ -102,7 +105,7 @@ def fact_text(fact: Fact, *, prefix: str = "", prompt: str | None = None, target
     if target is None:
         return Text(text, span)
     whole = join(text, target)
-    return Text(whole + tail, span, (len(text), len(whole)))
+    return Text(whole, span, (len(text), len(whole)))
 
 
 def encode(tokenizer: Any, texts: Sequence[Text]) -> list[EncodedText]:

@@ -102,4 +102,7 @@ def perplexity(model: Any, texts: Sequence[str], *, window: int = 512, stride: i
     if not rows:
         raise ValueError("perplexity needs a text of at least two tokens")
     scores = score_targets(base, rows, batch_size)
-    return math.exp(-sum(s.log_prob for s in scores) / sum(len(s.log_probs) for s in scores))
+    try:
+        return math.exp(-sum(s.log_prob for s in scores) / sum(len(s.log_probs) for s in scores))
+    except OverflowError:
+        return math.inf

@@ -233,6 +233,8 @@ def open_statistics(
     """
     if given is None:
         return cached_statistics(base, modules, num_tokens=num_tokens, progress=progress)
+    if given == "given":
+        raise ValueError("these settings were saved without their statistics, which were an object; give them again")
     if isinstance(given, (str, os.PathLike)):
         given = KeyStatistics.from_pretrained(given)
     if not isinstance(given, KeyStatistics):
@@ -270,7 +272,7 @@ class _Samples:
     however often the work is cut short, each piece is sampled once."""
 
     def __init__(self, base: Base, num_tokens: int, seed: int, keep: bool, progress: bool) -> None:
-        self.name = f"samples-{seed}"
+        self.name = f"own-samples-{seed}"
         self.description = f"the model's own samples, seed {seed}"
         self.count = -(-num_tokens // _SAMPLE_LENGTH)
         self._base, self._seed, self._keep, self._progress = base, seed, keep, progress
@@ -290,7 +292,7 @@ class _Samples:
     def _piece(self, piece: int, listener: Callable[[int], None]) -> list[list[int]]:
         if not self._keep:
             return self._sampled(piece, listener)
-        path = cache_folder("samples", self._base.fingerprint) / f"{self._seed}-{piece}.safetensors"
+        path = cache_folder("own_samples", self._base.fingerprint) / f"{self._seed}-{piece}.safetensors"
         try:
             rows = load_file(path)["ids"].tolist()
             listener(_SAMPLE_ROWS * _SAMPLE_LENGTH)
@@ -303,7 +305,8 @@ class _Samples:
     def _sampled(self, piece: int, listener: Callable[[int], None]) -> list[list[int]]:
         first = piece * _SAMPLE_ROWS % len(STARTERS)
         starters = STARTERS[first:] + STARTERS[:first]
-        seed = self._seed + (piece << 32)
+        # a CPU's generator keeps 32 bits of its seed
+        seed = int.from_bytes(hashlib.sha256(f"{self._seed} {piece}".encode()).digest()[:4], "big")
         rows = sample_ids(self._base, _SAMPLE_ROWS, _SAMPLE_LENGTH, seed, starters, _SAMPLE_ROWS, listener)
         return [row[:_SAMPLE_LENGTH] for row in rows]
 

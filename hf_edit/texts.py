@@ -132,18 +132,14 @@ def sample_contexts(base: Base, count: int, length: int, seed: int) -> list[str]
     return [" ".join(text.replace("{", " ").replace("}", " ").split()).rstrip(" .,;:") + ". " for text in decoded]
 
 
-def target_tails(base: Base, facts: Sequence[Fact], length: int) -> list[str]:
-    """How the clean model goes on once a fact's target has been said, and without its first token: up to `length` tokens for
-    each fact, as text."""
+def target_tails(base: Base, facts: Sequence[Fact], length: int) -> list[list[int]]:
+    """How the model, as it stands, goes on once a fact's target has been said, without saying its first token again: up to
+    `length` token ids for each fact. As tokens, because as text they could merge with the target."""
     if not length:
-        return [""] * len(facts)
+        return [[] for _ in facts]
     texts = encode(base.tokenizer, [fact_text(f, target=f.target) for f in facts])
-    tails: list[str] = []
+    tails: list[list[int]] = []
     for first in range(0, len(texts), 64):
-        rows = [t.ids for t in texts[first : first + 64]]
-        said = [t.labels[0] for t in texts[first : first + 64]]
-        for row, new in zip(rows, generate_ids(base, rows, length, said), strict=True):
-            # decoded with what stands before it, so that its first space is kept
-            before = base.tokenizer.decode(row, skip_special_tokens=True)
-            tails.append(base.tokenizer.decode([*row, *new], skip_special_tokens=True)[len(before) :])
+        group = texts[first : first + 64]
+        tails += generate_ids(base, [t.ids for t in group], length, [t.labels[0] for t in group])
     return tails

@@ -166,6 +166,13 @@ def test_blocks_found_from_the_data_lie_above_the_edit(base):
         assert max(blocks) < 6
 
 
+def test_without_a_known_relation_the_object_frame_says_that_there_is_no_anchor(base):
+    references = known(base)
+    fact = Fact("Sweden", "The capital of {} is", references[0].object)
+    settings = SteamConfig(references=references, anchor_frame="object", min_references=1).anchor_settings
+    assert build_anchors(base, [fact], BLOCKS, settings).counts == (0,)
+
+
 def test_prompts_that_ask_what_the_fact_asks_are_not_kept(base):
     """A fact that is worded like one of the pool's prompts does not keep that prompt's answer."""
     facts = [Fact("France", GENERIC_PROMPTS[4], "Islam"), Fact("Spain", GENERIC_PROMPTS[7], "Berlin")]

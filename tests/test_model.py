@@ -64,6 +64,25 @@ def test_a_later_batch_leaves_the_earlier_one_in_place(llama, method):
     assert [f.target for f in llama.list_edits()] == [f.target for f in FACTS]
 
 
+def test_two_facts_on_one_subject_are_not_averaged(llama):
+    """In one batch they would share a key, which would get the mean of their values."""
+    facts = [Fact("France", "The capital of {} is", "Tokyo"), FACTS[1], Fact("France", "{} is in", "Berlin")]
+    report = _edit(llama, facts, "memit")
+    assert _landed(report)
+    pack = llama.packs["default"]
+    assert {f.id for f in pack.facts} == {f.id for f in facts}
+    assert [f.target for f in pack.facts] == ["Tokyo", FACTS[1].target, "Berlin"]  # in the order of the factors
+    llama.remove_edits(facts[0].id)
+    assert {f.id for f in llama.list_edits()} == {facts[1].id, facts[2].id}
+
+
+def test_an_editor_by_itself_takes_no_other_editor_and_not_another_methods_settings(llama):
+    with pytest.raises(ValueError, match="take method='steam'"):
+        llama.edit(FACTS, "memit", base_editor="alphaedit", statistics_tokens=1024)
+    with pytest.raises(ValueError, match="takes a SteamConfig, not a BaselineConfig"):
+        llama.edit(FACTS, "steam", config=get_method("memit").config_class())
+
+
 def test_base_editors_by_themselves_are_as_in_their_papers():
     for method in ("rome", "memit", "alphaedit"):
         config = get_method(method).config_class()

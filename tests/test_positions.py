@@ -12,7 +12,11 @@ FRANCE = Fact("France", "The capital of {} is", "Lyon")
 @pytest.mark.parametrize("prefix", ["", "Once upon a time. "])
 def test_subject_and_target_are_found_with_and_without_bos(request, which, prefix):
     tokenizer = request.getfixturevalue(which)
-    (text,) = encode(tokenizer, [fact_text(FRANCE, prefix=prefix, target="Lyon", tail=", a city")])
+    (text,) = encode(tokenizer, [fact_text(FRANCE, prefix=prefix, target="Lyon")])
+    tail = tokenizer("ese people")["input_ids"]
+    followed = text.followed_by(tail)
+    assert followed.ids[len(text.ids) :] == tuple(tail)
+    assert (followed.labels, followed.subject) == (text.labels, text.subject)  # what follows can't merge with the target
     decoded = tokenizer.decode(text.ids[: text.subject + 1], skip_special_tokens=True)
     assert decoded == f"{prefix}The capital of France"
     assert tokenizer.decode(text.labels) == " Lyon"

@@ -80,7 +80,7 @@ class EditConfig:
             ValueError: `config` is another method's, or a setting is wrong.
         """
         if isinstance(config, EditConfig):
-            if not isinstance(config, cls):
+            if type(config) is not cls:
                 raise ValueError(f"this method takes a {cls.__name__}, not a {type(config).__name__}")
             base = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         else:

@@ -71,19 +71,16 @@ def fact_texts(
     tails = target_tails(base, facts, tail_tokens)
     rewrites = encode(
         base.tokenizer,
-        [
-            fact_text(f, prefix=p, target=f.target, tail=tail if not p else "")
-            for f, tail in zip(facts, tails, strict=True)
-            for p in prefixes
-        ],
+        [fact_text(f, prefix=p, target=f.target) for f in facts for p in prefixes],
     )
     spared = spared_prompts(base, facts, kept_prompts)
     kept = encode(base.tokenizer, [fact_text(f, prompt=prompt) for f, own in zip(facts, spared, strict=True) for prompt in own])
     width, each = len(prefixes), kept_prompts
-    return [
-        FactTexts(tuple(rewrites[i * width : (i + 1) * width]), tuple(kept[i * each : (i + 1) * each]))
-        for i in range(len(facts))
-    ]
+    found = []
+    for i, tail in enumerate(tails):
+        bare, *others = rewrites[i * width : (i + 1) * width]
+        found.append(FactTexts((bare.followed_by(tail), *others), tuple(kept[i * each : (i + 1) * each])))
+    return found
 
 
 def spared_prompts(base: Base, facts: Sequence[Fact], count: int) -> list[tuple[str, ...]]:

@@ -336,11 +336,10 @@ class _Part:
         state = [(i, row.text.target[0] - 1) for i, row in enumerate(self.rows) if row.bare]
         self.state_facts = [self.rows[i].fact for i, _ in state]
         self.reads, self.counts = labels + kept + state, (len(labels), len(kept))
-        self.fact_of_row = torch.tensor([row.fact for row in self.rows], device=device)
-        self.at = (
-            torch.arange(len(self.rows), device=device),
-            torch.tensor([self.batch.column(i, row.text.subject) for i, row in enumerate(self.rows)], device=device),
-        )
+        # indices of what lies on the edited block's device, which need not be the embedding's
+        self.fact_of_row = torch.tensor([row.fact for row in self.rows])
+        columns = [self.batch.column(i, row.text.subject) for i, row in enumerate(self.rows)]
+        self.at = (torch.arange(len(self.rows)), torch.tensor(columns))
         self.labels = torch.tensor([self.rows[i].text.ids[p + 1] for i, p in labels], dtype=torch.long, device=device)
         self.clean = torch.stack([kept_log_probs[self.numbers[i], p] for i, p in kept]) if kept else None
         # what each read adds to each term of each fact: [3 x facts, reads]
@@ -362,7 +361,8 @@ class _Part:
 
         with torch.no_grad():
             self.batch.run((), hooks={self.place.projection: read}, logits=False)
-        return dict(zip(self.numbers, seen[0][self.at].float(), strict=True))
+        at = tuple(index.to(seen[0].device) for index in self.at)
+        return dict(zip(self.numbers, seen[0][at].float(), strict=True))
 
     def terms(
         self, delta: torch.Tensor, enough: float | None, blocks: Sequence[int]
@@ -370,8 +370,8 @@ class _Part:
         """The three terms of `_Problem.terms`, [3, facts], and by block the states of `state_facts`."""
 
         def add(stream: torch.Tensor) -> torch.Tensor:
-            residuals = delta[self.fact_of_row] * (self.place.scale or 1.0)
-            return stream.index_put(self.at, residuals.to(stream.dtype), accumulate=True)
+            residuals = delta[self.fact_of_row.to(delta.device)] * (self.place.scale or 1.0)
+            return stream.index_put(tuple(i.to(stream.device) for i in self.at), residuals.to(stream), accumulate=True)
 
         labels, kept = self.counts
         reads = self.reads if blocks else self.reads[: labels + kept]

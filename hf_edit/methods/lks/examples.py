@@ -63,10 +63,10 @@ def build_examples(base: Base, facts: Sequence[Fact], scope: Scope, config: LKSC
         wordings = list(bank_prompts().get(fact.prompt.casefold(), ()))
         if config.train_on_rephrases:
             wordings += [r for r in fact.rephrases if "{}" in r]
-        texts = [fact_text(fact, target=fact.target, tail=tail)]
-        texts += [fact_text(fact, prefix=p, target=fact.target, tail=tail) for p in contexts]
-        texts += [fact_text(fact, prompt=w, target=fact.target, tail=tail) for w in wordings if w != fact.prompt]
-        made = [_example(base, scope, text, True) for text in encode(base.tokenizer, texts)]
+        texts = [fact_text(fact, target=fact.target)]
+        texts += [fact_text(fact, prefix=p, target=fact.target) for p in contexts]
+        texts += [fact_text(fact, prompt=w, target=fact.target) for w in wordings if w != fact.prompt]
+        made = [_example(base, scope, text.followed_by(tail), True) for text in encode(base.tokenizer, texts)]
         if made[0] is None:
             raise ValueError(
                 f"the prompt {fact.question!r} does not mention the subject {fact.subject!r} as a word of its own, so LKS "

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -116,7 +117,8 @@ def build_anchors(
     old, others = {}, {}
     if contrast:
         old = {fold(f.target_old): anchor(f.target_old) for f in facts if f.target_old}
-        others = {obj: anchor(obj) for obj in _other_objects(contrast, {*anchors, *old})}
+        known = open_source("bank", facts=facts)  # whatever the source: it may hold nothing but the facts' own objects
+        others = {o: anchor_of(base, o, known(o), settings) for o in _other_objects(contrast, {*anchors, *old})}
         others = {obj: a for obj, a in others.items() if a.count}
     general = centre(base)
     frame = settings.frame
@@ -135,7 +137,8 @@ def build_anchors(
         {b: torch.stack([direction(a, b) for a in picked]) for b in blocks},
         {b: torch.stack([direction(a, b) for a in before]) for b in blocks},
         {b: torch.stack([direction(a, b) for a in others.values()]) if others else general[:0] for b in blocks},
-        tuple(a.count for a in picked),
+        # in the object frame only references whose relation the bank knows say anything
+        tuple(a.count if frame != "object" or bool(a.share.any()) else 0 for a in picked),
     )
 
 
@@ -144,7 +147,7 @@ def anchor_of(base: Base, obj: str, pool: Iterable[Reference], settings: AnchorS
     chosen = balanced(list(pool), 2 * settings.maximum, settings.per_relation)
     by_relation = _relation_means(base) if settings.frame == "object" else {}
     texts = [[r.prompts[0], r.subject, r.object, r.relation] for r in chosen]
-    key = [fold(obj), texts, settings.minimum, settings.maximum, bool(by_relation)]
+    key = [fold(obj), texts, settings.minimum, settings.maximum, _bank_digest() if by_relation else None]
     hidden, blocks = base.layout().hidden_size, len(base.layout())
 
     def read() -> dict[str, torch.Tensor]:
@@ -175,7 +178,7 @@ def informative_blocks(base: Base, above: int, width: int) -> tuple[int, ...]:
         above: the last edited block; the band lies above it.
         width: how many blocks.
     """
-    gain = _kept(base, ["band"], lambda: {"gain": _object_gain(base)})["gain"]
+    gain = _kept(base, ["band", _bank_digest()], lambda: {"gain": _object_gain(base)})["gain"]
     starts = range(above + 1, max(above + 2, len(gain) - width + 1))
     best = max(starts, key=lambda start: float(gain[start : start + width].mean()))
     return tuple(range(best, min(best + width, len(gain))))
@@ -190,8 +193,9 @@ def _object_gain(base: Base) -> torch.Tensor:
     states = states.view(len(pools), _BAND_REFERENCES, *states.shape[1:]) - centre(base)
     sums = states.sum(1, keepdim=True)
     own = torch.cosine_similarity(states, sums - states, dim=-1).mean((0, 1))
-    cross = torch.cosine_similarity(states[:, None], sums[None].squeeze(2)[:, :, None], dim=-1)  # state's object x anchor's
-    others = cross.mean((2,)).masked_fill(torch.eye(len(pools), dtype=torch.bool)[..., None], 0)
+    unit = (torch.nn.functional.normalize(t, dim=-1) for t in (states, sums[:, 0]))
+    cross = torch.einsum("orbh,abh->oab", *unit) / _BAND_REFERENCES  # state's object x anchor's x block
+    others = cross.masked_fill(torch.eye(len(pools), dtype=torch.bool)[..., None], 0)
     return own - others.sum((0, 1)) / (len(pools) * (len(pools) - 1))
 
 
@@ -207,7 +211,8 @@ def _origins(
     asked = [Reference(f.prompt, f.subject, (f.prompt,), f.target) for f in facts]
     states, _, _ = _read(base, asked, blocks)
     middle = general[list(blocks)]
-    nearest = torch.cosine_similarity((states - middle)[:, None], means[:, blocks] - middle, dim=-1).mean(-1)
+    unit = (torch.nn.functional.normalize(t - middle, dim=-1) for t in (states, means[:, blocks]))
+    nearest = torch.einsum("fbh,rbh->fr", *unit)
     return [means[nearest.argmax(1), b] for b in blocks]
 
 
@@ -221,7 +226,7 @@ def _relation_means(base: Base) -> dict[str, torch.Tensor]:
         means = [part.mean(0) for part in states.split([len(group) for group in chosen])]
         return {"means": torch.stack(means)}
 
-    means = _kept(base, ["relations"], read)["means"]
+    means = _kept(base, ["relations", _bank_digest()], read)["means"]
     return {r.name: mean for r, mean in zip(relations, means, strict=True)}
 
 
@@ -234,7 +239,15 @@ def centre(base: Base) -> torch.Tensor:
         states, _, _ = _read(base, chosen)
         return {"centre": states.mean(0)}
 
-    return _kept(base, ["centre"], read)["centre"]
+    return _kept(base, ["centre", _bank_digest()], read)["centre"]
+
+
+@cache
+def _bank_digest() -> str:
+    """Of the shipped bank and of what is taken of it: what was read of another bank is not used."""
+    rows = [[r.name, r.prompts, r.facts] for r in bank_relations()]
+    numbers = [_CENTRE_FACTS, _RELATION_FACTS, _BAND_OBJECTS, _BAND_REFERENCES]
+    return hashlib.sha256(json.dumps([rows, numbers]).encode()).hexdigest()[:16]
 
 
 def _other_objects(count: int, exclude: set[str]) -> Sequence[str]:

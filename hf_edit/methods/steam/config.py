@@ -107,6 +107,7 @@ class SteamConfig(EditConfig):
             self.base_editor is None or self.base_editor in EDITORS, f"base_editor is one of {known}, not {self.base_editor!r}"
         )
         require(self.layers is None or len(self.layers) > 0, "layers is empty")
+        require(self.anchor_blocks is None or len(self.anchor_blocks) > 0, "anchor_blocks is empty")
         require(self.layers is None or list(self.layers) == sorted(set(self.layers)), "layers must ascend")
         for name, choices in (("anchor_frame", _FRAMES), ("alignment", _ALIGNMENTS)):
             require(getattr(self, name) in choices, f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}")
@@ -145,8 +146,8 @@ class SteamConfig(EditConfig):
 
 @dataclass(frozen=True)
 class BaselineConfig(SteamConfig):
-    """Settings of the base editors by themselves (`"rome"`, `"memit"`, `"alphaedit"`): by default what their papers have, with
-    all texts at each step, "{} is a" alone for the KL term, and targets pushed as far as the clamp lets them."""
+    """Settings of the base editors by themselves (`"rome"`, `"memit"`, `"alphaedit"`): by default their papers' losses, with
+    all texts at each step and no term for what follows the target; step size and clamp go by the model's own scale."""
 
     rotation: int = setting(1, "take turns: each step runs one part in so many of the contexts, kept prompts and tails")
     tail_factor: float = setting(0.0, "weight of KL(edited || clean) behind the target, which keeps it from being said again")

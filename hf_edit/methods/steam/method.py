@@ -10,7 +10,7 @@ import torch
 
 from ...base import Base
 from ...errors import PackFormatError
-from ...facts import Fact
+from ...facts import Fact, fold
 from ...layout import Layout, weight_shape, write_scale
 from ...positions import encode, fact_text
 from ...statistics import KeyStatistics, open_statistics
@@ -22,6 +22,7 @@ from ...weights.prompts import fact_texts
 from ...weights.solve import Update
 from ...weights.values import ValueSettings, optimize_values
 from .. import Fit, register_method
+from ..base import require
 from .alignment import Alignment, Contrast
 from .anchors import Anchors, build_anchors, informative_blocks
 from .config import BaselineConfig, SteamConfig
@@ -60,25 +61,33 @@ class Steam:
         progress: bool,
     ) -> Fit:
         """See `hf_edit.methods.Method.fit`. ROME edits one fact at a time, each on top of the last; others all at once."""
+        require(
+            self._editor is None or config.base_editor in (None, self._editor),
+            f"method={self.name!r} is an editor by itself; for base_editor={config.base_editor!r} take method='steam'",
+        )
         editor = self._editor or config.base_editor or ("rome" if len(facts) == 1 else "memit")
         earlier = list(previous.facts) if previous else []
         with ExitStack() as stack:
             stack.enter_context(frozen(base.model))
             with clean():
                 job = _Job.prepare(base, config, editor, seed, progress)
-                anchors = job.anchors(facts) if self._anchored and config.anchor_weight else None
+                anchors = job.anchors(facts) if self._anchored and (config.anchor_weight or config.anchor_ratio) else None
             tensors: dict[str, torch.Tensor] = dict(previous.tensors) if previous else {}
-            groups = [range(i, i + 1) for i in range(len(facts))] if editor in ONE_BY_ONE else [range(len(facts))]
+            groups = [[i] for i in range(len(facts))] if editor in ONE_BY_ONE else _apart(facts)
             for group in groups:
                 objective = job.objective(anchors, group) if anchors else None
-                updates = job.fit([facts[i] for i in group], objective, earlier)
+                subjects = {fold(facts[i].subject) for i in group}
+                # what stands about the same subject has the same key: to protect it would keep the new fact out
+                protected = [f for f in earlier if fold(f.subject) not in subjects]
+                updates = job.fit([facts[i] for i in group], objective, protected)
                 earlier += [facts[i] for i in group]
                 tensors = _appended(tensors, updates)
                 attachment = WeightAttachment(base.model, {name: u.factors for name, u in updates.items()})
                 stack.callback(attachment.detach)
         notes = {str(f.id): _note(n) for f, n in zip(facts, anchors.counts, strict=True)} if anchors else {}
         modules = tuple(sorted({name.rpartition(".")[0] for name in tensors}))
-        return Fit(tensors, modules, (*(previous.facts if previous else ()), *facts), notes)
+        ordered = (facts[i] for group in groups for i in group)
+        return Fit(tensors, modules, (*(previous.facts if previous else ()), *ordered), notes)
 
     def remove(self, fit: Fit, keep: Sequence[int]) -> Fit:
         """The same edit with only the facts `keep`: each weight's update is solved again from its stored gram matrix."""
@@ -177,7 +186,8 @@ class _Job:
         """Values and their insertion, for facts that are edited together on top of earlier ones.
 
         Where blocks normalise what an MLP writes, a residual can't be spread over several of them, and one of them can only do
-        so much: its write has the length that the norm gives it. So each layer is edited by itself there, on the last.
+        so much: its write has the length that the norm gives it. So each layer is edited by itself there, on top of those
+        below, and its KL terms hold to the model as it stands then.
         """
         if len(self.layers) == 1 or write_scale(self.base.model, self.layout, self.layers[-1]) is not None:
             return self._fit_together(facts, objective, earlier)
@@ -237,6 +247,22 @@ def _layers(base: Base, layout: Layout, config: SteamConfig, editor: str) -> tup
     else:
         layers = tuple(layout.recall_blocks())
     return layers[-1:] if editor in ONE_BY_ONE else layers
+
+
+def _apart(facts: Sequence[Fact]) -> list[list[int]]:
+    """Indices of facts that can be edited together: no two of a group are about the same subject, whose one key would get the
+    mean of both values."""
+    groups: list[list[int]] = []
+    taken: list[set[str]] = []
+    for i, fact in enumerate(facts):
+        subject = fold(fact.subject)
+        free = next((n for n, subjects in enumerate(taken) if subject not in subjects), len(groups))
+        if free == len(groups):
+            groups.append([])
+            taken.append(set())
+        groups[free].append(i)
+        taken[free].add(subject)
+    return groups
 
 
 def _appended(tensors: dict[str, torch.Tensor], updates: dict[str, Update]) -> dict[str, torch.Tensor]:

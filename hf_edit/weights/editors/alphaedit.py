@@ -17,15 +17,14 @@ def alphaedit(problem: Insertion) -> dict[str, Update]:
     over to other models.
     """
 
-    def projected(block: int, keys: torch.Tensor) -> torch.Tensor:
+    spaces, ridge = {}, {}
+    for block in problem.layers:
         moment = problem.moment(block)
-        return moment.null_space(problem.null_space_threshold * float(moment.matrix.diagonal().mean())).project(keys)
+        spaces[block] = moment.null_space(problem.null_space_threshold * float(moment.matrix.diagonal().mean()))
+        keys = spaces[block].project(problem.keys(block)[0].T.cpu())
+        ridge[block] = problem.ridge * float((keys**2).sum(0).mean().clamp(min=1e-12))
 
     def precondition(block: int, keys: torch.Tensor) -> torch.Tensor:
-        return projected(block, keys) / ridge[block]
+        return spaces[block].project(keys) / ridge[block]
 
-    ridge = {}
-    for block in problem.layers:
-        keys = projected(block, problem.keys(block)[0].T.cpu())
-        ridge[block] = problem.ridge * float((keys**2).sum(0).mean().clamp(min=1e-12))
     return spread(problem, precondition)
