@@ -75,7 +75,8 @@ class Steam:
             tensors: dict[str, torch.Tensor] = dict(previous.tensors) if previous else {}
             groups = [[i] for i in range(len(facts))] if editor in ONE_BY_ONE else _apart(facts)
             for group in groups:
-                objective = job.objective(anchors, group) if anchors else None
+                anchored = anchors is not None and any(anchors.counts[i] for i in group)
+                objective = job.objective(anchors, group) if anchors is not None and anchored else None
                 subjects = {fold(facts[i].subject) for i in group}
                 # what stands about the same subject has the same key: to protect it would keep the new fact out
                 protected = [f for f in earlier if fold(f.subject) not in subjects]
