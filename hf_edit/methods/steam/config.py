@@ -62,7 +62,9 @@ class SteamConfig(EditConfig):
     )
     contexts: int = setting(5, "sampled prefixes that the fact must also hold behind")
     context_length: int = setting(10, "tokens of such a prefix")
-    covariance_weight: float | None = setting(None, "MEMIT's lambda; by default a tenth of the key's width")
+    covariance_weight: float | None = setting(
+        None, "MEMIT's lambda; by default a tenth of the key's width up to 100 facts, growing as their square beyond"
+    )
     null_space_threshold: float = setting(
         0.02, "AlphaEdit: eigenvalues of the key statistics below this share of their mean count as null"
     )
