@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from safetensors.torch import load_file, save_file
 
-from ...alignment import score_references
+from ...alignment import general_references, score_references
 from ...base import Base
 from ...cache import atomic_path, cache_folder
 from ...facts import Fact, fold
@@ -25,7 +25,6 @@ T = TypeVar("T")
 
 _NEAR = 10
 _ENOUGH_EXACT = 5  # with fewer references that are recalled word for word, the first token among the top 10 will do
-_CENTRE_FACTS = 96
 _RELATION_FACTS = 8
 _BAND_OBJECTS, _BAND_REFERENCES = 48, 6
 
@@ -234,9 +233,7 @@ def centre(base: Base) -> torch.Tensor:
     """The mean state before objects of all kinds, evenly taken from the bank: float32 [blocks, hidden]."""
 
     def read() -> dict[str, torch.Tensor]:
-        first = [group[0] for group in bank().values()]
-        chosen = _evenly(first, _CENTRE_FACTS)
-        states, _, _ = _read(base, chosen)
+        states, _, _ = _read(base, general_references())
         return {"centre": states.mean(0)}
 
     return _kept(base, ["centre", _bank_digest()], read)["centre"]
@@ -246,7 +243,7 @@ def centre(base: Base) -> torch.Tensor:
 def _bank_digest() -> str:
     """Of the shipped bank and of what is taken of it: what was read of another bank is not used."""
     rows = [[r.name, r.prompts, r.facts] for r in bank_relations()]
-    numbers = [_CENTRE_FACTS, _RELATION_FACTS, _BAND_OBJECTS, _BAND_REFERENCES]
+    numbers = [len(general_references()), _RELATION_FACTS, _BAND_OBJECTS, _BAND_REFERENCES]
     return hashlib.sha256(json.dumps([rows, numbers]).encode()).hexdigest()[:16]
 
 
