@@ -24,6 +24,7 @@ from .layout import Layout
 from .positions import pad
 
 __all__ = [
+    "Frontier",
     "Outputs",
     "Span",
     "SuffixBatch",
@@ -243,7 +244,6 @@ class SuffixBatch:
         return past
 
 
-@torch.no_grad()
 def read_keys_and_states(
     model: Any,
     layout: Layout,
@@ -254,50 +254,107 @@ def read_keys_and_states(
     blocks: Sequence[int] = (),
     last: int,
 ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
-    """Inputs of modules and outputs of blocks at points of texts; nothing above block `last` runs.
+    """Inputs of modules and outputs of blocks at points of texts; nothing above block `last` runs. See `Frontier.read`."""
+    return Frontier(model, layout, texts).read(points, modules=modules, blocks=blocks, last=last)
+
+
+class Frontier:
+    """Texts that a model has run up to a block: what lies below it is not run again, however often the blocks above change.
 
     Args:
-        points: (text, position) pairs.
-        modules: names of modules whose inputs are read: the keys of an MLP output projection.
-        blocks: blocks whose outputs are read.
-        last: the highest block that runs.
+        model: the causal language model.
+        layout: its blocks.
+        texts: token ids.
 
-    Returns:
-        By module [points, in] and by block [points, hidden], in the model's dtype.
+    Attributes:
+        start: the first block that runs.
     """
-    keys: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
-    states: dict[int, list[torch.Tensor]] = {block: [] for block in blocks}
-    order: list[int] = []
-    by_text: dict[int, list[int]] = {}
-    for n, (text, _) in enumerate(points):
-        by_text.setdefault(text, []).append(n)
-    for group in _batches(sorted(by_text, key=lambda i: len(texts[i])), [len(t) for t in texts], model):
-        wanted = [n for text in group for n in by_text[text]]
-        order += wanted
-        device = model.get_input_embeddings().weight.device
-        ids, mask = pad([texts[i] for i in group], device=device)
-        row = {text: i for i, text in enumerate(group)}
-        rows = torch.tensor([row[points[n][0]] for n in wanted], device=device)
-        columns = torch.tensor([points[n][1] for n in wanted], device=device)
+
+    def __init__(self, model: Any, layout: Layout, texts: Sequence[Sequence[int]]) -> None:
+        self.model = model
+        self.layout = layout
+        self.start = 0
+        self._texts = texts
+        self._inputs: list[torch.Tensor] = []  # by text, [tokens, hidden], of the block `start`
+        self._tuples = False  # whether the block in front of it returns a tuple
+
+    @torch.no_grad()
+    def advance(self, block: int) -> None:
+        """Run the texts up to a block, as the model stands now, and keep its inputs; `block` is not below `start`."""
+        if block <= self.start:
+            return
+        found: dict[int, torch.Tensor] = {}
+        kinds = False
+        for group in _batches(sorted(range(len(self._texts)), key=lambda i: len(self._texts[i])), self._lengths, self.model):
+            _, outputs = self._run(group, (), (block - 1,), block - 1)
+            kinds = isinstance(outputs[block - 1], tuple)
+            for row, text in enumerate(group):
+                found[text] = hidden_of(outputs[block - 1])[row, : len(self._texts[text])].clone()
+        self._inputs = [found[i] for i in range(len(self._texts))]
+        self.start, self._tuples = block, kinds
+
+    @torch.no_grad()
+    def read(
+        self, points: Sequence[tuple[int, int]], *, modules: Sequence[str] = (), blocks: Sequence[int] = (), last: int
+    ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
+        """Inputs of modules and outputs of blocks at points of the texts, as the model stands now.
+
+        Args:
+            points: (text, position) pairs.
+            modules: names of modules whose inputs are read, at or above `start`: the keys of an MLP output projection.
+            blocks: blocks whose outputs are read, at or above `start`.
+            last: the highest block that runs.
+
+        Returns:
+            By module [points, in] and by block [points, hidden], in the model's dtype.
+        """
+        keys: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
+        states: dict[int, list[torch.Tensor]] = {block: [] for block in blocks}
+        order: list[int] = []
+        by_text: dict[int, list[int]] = {}
+        for n, (text, _) in enumerate(points):
+            by_text.setdefault(text, []).append(n)
+        for group in _batches(sorted(by_text, key=lambda i: len(self._texts[i])), self._lengths, self.model):
+            wanted = [n for text in group for n in by_text[text]]
+            order += wanted
+            device = self.model.get_input_embeddings().weight.device
+            row = {text: i for i, text in enumerate(group)}
+            rows = torch.tensor([row[points[n][0]] for n in wanted], device=device)
+            columns = torch.tensor([points[n][1] for n in wanted], device=device)
+            read, outputs = self._run(group, modules, blocks, last)
+            for name in modules:
+                keys[name].append(_at(read[name], rows, columns))
+            for block in blocks:
+                states[block].append(_at(hidden_of(outputs[block]), rows, columns))
+        back = torch.tensor(order).argsort()
+        return (
+            {name: torch.cat(found)[back.to(found[0].device)] for name, found in keys.items()},
+            {block: torch.cat(found)[back.to(found[0].device)] for block, found in states.items()},
+        )
+
+    @property
+    def _lengths(self) -> list[int]:
+        return [len(text) for text in self._texts]
+
+    def _run(
+        self, group: Sequence[int], modules: Sequence[str], blocks: Sequence[int], last: int
+    ) -> tuple[dict[str, torch.Tensor], dict[int, Any]]:
+        """One padded batch: inputs of modules [rows, tokens, in] and outputs of blocks as they are."""
+        ids, mask = pad([self._texts[i] for i in group], device=self.model.get_input_embeddings().weight.device)
         read: dict[str, list[Any]] = {name: [] for name in modules}
         outputs: dict[int, list[Any]] = {block: [] for block in blocks}
         with ExitStack() as stack:
             for name in modules:
-                stack.enter_context(_reading_inputs(model.get_submodule(name), read[name]))
+                stack.enter_context(_reading_inputs(self.model.get_submodule(name), read[name]))
             for block in blocks:
-                stack.enter_context(_reading(layout.blocks[block], outputs[block]))
-            stack.enter_context(_stopping(layout, last))
-            nothing: list[tuple[int, int]] = []
-            _forward(model, layout, stack, nothing, (), ids, mask, None, _positions(mask), logits=False)
-        for name in modules:
-            keys[name].append(_at(read[name][0].reshape(*ids.shape, -1), rows, columns))
-        for block in blocks:
-            states[block].append(_at(hidden_of(outputs[block][0]), rows, columns))
-    back = torch.tensor(order).argsort()
-    return (
-        {name: torch.cat(found)[back.to(found[0].device)] for name, found in keys.items()},
-        {block: torch.cat(found)[back.to(found[0].device)] for block, found in states.items()},
-    )
+                stack.enter_context(_reading(self.layout.blocks[block], outputs[block]))
+            stack.enter_context(_stopping(self.layout, last))
+            if self.start:
+                inputs = nn.utils.rnn.pad_sequence([self._inputs[i] for i in group], batch_first=True)
+                stack.enter_context(_skipping(self.layout, self.start, inputs, self._tuples))
+            _forward(self.model, self.layout, stack, (), (), ids, mask, None, _positions(mask), logits=False)
+        keys = {name: found[0].reshape(*ids.shape, -1) for name, found in read.items()}
+        return keys, {block: found[0] for block, found in outputs.items()}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from conftest import FACTS, tiny_model
 from hf_edit.base import Base
 from hf_edit.layout import find_layout
 from hf_edit.positions import pad
-from hf_edit.suffix import SuffixCache, caches_exactly, frozen, hidden_of, length_groups, read_keys_and_states
+from hf_edit.suffix import Frontier, SuffixCache, caches_exactly, frozen, hidden_of, length_groups, read_keys_and_states
 from hf_edit.weights.prompts import fact_texts
 from hf_edit.weights.values import ValueSettings, optimize_values
 
@@ -83,6 +83,23 @@ def test_keys_and_states_are_those_of_a_plain_forward(architecture):
         torch.testing.assert_close(states[1][i], seen["state"][0, position], atol=1e-5, rtol=1e-4)
     for handle in handles:
         handle.remove()
+
+
+def test_reading_upwards_gives_what_whole_runs_give_while_weights_above_change(architecture):
+    model = tiny_model(architecture)
+    layout = find_layout(model)
+    points = [(2, 3), (0, 8), (1, 0)]
+    frontier = Frontier(model, layout, TEXTS)
+    with frozen(model):
+        for block in (1, 2):
+            name = layout.projection(block)
+            frontier.advance(block)
+            keys, states = frontier.read(points, modules=(name,), blocks=(2,), last=2)
+            again, whole = read_keys_and_states(model, layout, TEXTS, points, modules=(name,), blocks=(2,), last=2)
+            torch.testing.assert_close(keys[name], again[name], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(states[2], whole[2], atol=1e-5, rtol=1e-4)
+            with torch.no_grad():
+                model.get_submodule(name).weight.mul_(1.1)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gptj", "granite", "gemma3", "olmo2", "mpt"])

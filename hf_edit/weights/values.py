@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -94,6 +94,16 @@ class Values:
     states: torch.Tensor
     losses: torch.Tensor
     scale: float | None
+
+    def raised(self, facts: Sequence[int], further: Values) -> Values:
+        """The values with those of some facts raised to what `further` asks for, which was optimised in an edited model: the
+        residuals lead from the clean state to there."""
+        deltas = self.deltas.clone()
+        if self.scale is None:
+            deltas[facts] += further.deltas
+        else:
+            deltas[facts] = further.deltas + (further.states - self.states[facts]) / self.scale
+        return replace(self, deltas=deltas)
 
 
 def optimize_values(

@@ -20,7 +20,7 @@ _AT_LEAST_ONE = (
     "steps", "max_references", "max_per_relation", "min_references", "batch_facts", "context_length", "kept_prompts",
     "rotation", "negatives",
 )  # fmt: skip
-_NOT_NEGATIVE = ("weight_decay", "kl_factor", "tail_factor", "tail_tokens", "anchor_weight", "contexts")
+_NOT_NEGATIVE = ("weight_decay", "kl_factor", "tail_factor", "tail_tokens", "anchor_weight", "contexts", "retries")
 _POSITIVE = (
     "lr", "clamp", "covariance_weight", "statistics_tokens", "enough", "null_space_threshold", "ridge", "temperature",
     "anchor_ratio",
@@ -62,6 +62,12 @@ class SteamConfig(EditConfig):
     )
     contexts: int = setting(5, "sampled prefixes that the fact must also hold behind")
     context_length: int = setting(10, "tokens of such a prefix")
+    bare_share: float | None = setting(
+        0.5, "the bare prompt's share in a fact's key; None counts it as one context among the others, as MEMIT does"
+    )
+    retries: int = setting(
+        2, "how often the values of facts that did not land are optimised further, in the edited model, and all inserted anew"
+    )
     covariance_weight: float | None = setting(
         None, "MEMIT's lambda; by default a tenth of the key's width up to 100 facts, growing as their square beyond"
     )
@@ -121,6 +127,7 @@ class SteamConfig(EditConfig):
         for name in _POSITIVE:
             require(getattr(self, name) is None or getattr(self, name) > 0, f"{name} must be positive")
         require(self.enough is None or self.enough < 1, "enough is a probability below 1")
+        require(self.bare_share is None or 0 < self.bare_share <= 1, "bare_share is a share of 1, above 0")
         require(self.kept_prompts <= len(GENERIC_PROMPTS), f"kept_prompts is at most {len(GENERIC_PROMPTS)}")
 
         require(
@@ -148,12 +155,15 @@ class SteamConfig(EditConfig):
 
 @dataclass(frozen=True)
 class BaselineConfig(SteamConfig):
-    """Settings of the base editors by themselves (`"rome"`, `"memit"`, `"alphaedit"`): by default their papers' losses, with
-    all texts at each step and no term for what follows the target; step size and clamp go by the model's own scale."""
+    """Settings of the base editors by themselves (`"rome"`, `"memit"`, `"alphaedit"`): by default their papers' losses and
+    keys, with all texts at each step, no term for what follows the target and no second try; step size and clamp go by the
+    model's own scale."""
 
     rotation: int = setting(1, "take turns: each step runs one part in so many of the contexts, kept prompts and tails")
     tail_factor: float = setting(0.0, "weight of KL(edited || clean) behind the target, which keeps it from being said again")
     anchor_weight: float = setting(0.0, "unused: a base editor has no anchors")
+    bare_share: float | None = setting(None, "the bare prompt's share in a fact's key; None counts it as one context")
+    retries: int = setting(0, "how often the values of facts that did not land are optimised further")
 
 
 def _named(value: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from ...answers import score_targets
 from ...base import Base
 from ...errors import PackFormatError
 from ...facts import Fact, fold
@@ -18,9 +20,9 @@ from ...suffix import frozen
 from ...texts import sample_contexts
 from ...weights.attach import Factors, WeightAttachment
 from ...weights.editors import EDITORS, ONE_BY_ONE, Insertion
-from ...weights.prompts import fact_texts
+from ...weights.prompts import FactTexts, fact_texts
 from ...weights.solve import Update
-from ...weights.values import ValueSettings, optimize_values
+from ...weights.values import Objective, Values, ValueSettings, optimize_values
 from .. import Fit, register_method
 from ..base import require
 from .alignment import Alignment, Contrast
@@ -30,6 +32,8 @@ from .config import BaselineConfig, SteamConfig
 __all__ = ["Steam"]
 
 _PARTS = ("left", "right", "gram")
+
+ObjectiveOf = Callable[[Sequence[int]], Objective | None]  # the alignment term of facts of a group, by their indices in it
 
 
 class Steam:
@@ -75,16 +79,13 @@ class Steam:
             tensors: dict[str, torch.Tensor] = dict(previous.tensors) if previous else {}
             groups = [[i] for i in range(len(facts))] if editor in ONE_BY_ONE else _apart(facts)
             for group in groups:
-                anchored = anchors is not None and any(anchors.counts[i] for i in group)
-                objective = job.objective(anchors, group) if anchors is not None and anchored else None
                 subjects = {fold(facts[i].subject) for i in group}
                 # what stands about the same subject has the same key: to protect it would keep the new fact out
                 protected = [f for f in earlier if fold(f.subject) not in subjects]
-                updates = job.fit([facts[i] for i in group], objective, protected)
+                updates = job.fit([facts[i] for i in group], partial(job.objective, anchors, group), protected)
                 earlier += [facts[i] for i in group]
                 tensors = _appended(tensors, updates)
-                attachment = WeightAttachment(base.model, {name: u.factors for name, u in updates.items()})
-                stack.callback(attachment.detach)
+                stack.enter_context(job.in_force(updates))
         notes = {str(f.id): _note(n) for f, n in zip(facts, anchors.counts, strict=True)} if anchors else {}
         modules = tuple(sorted({name.rpartition(".")[0] for name in tensors}))
         ordered = (facts[i] for group in groups for i in group)
@@ -176,14 +177,21 @@ class _Job:
             return None
         return build_anchors(self.base, facts, blocks, config.anchor_settings, contrast=contrast, progress=self.progress)
 
-    def objective(self, anchors: Anchors, group: Sequence[int]) -> Alignment:
-        """The alignment term of facts that are edited together."""
-        config = self.config
-        if config.alignment == "contrastive":
-            return Contrast(anchors, group, config.anchor_weight, config.anchor_ratio, temperature=config.temperature)
-        return Alignment(anchors, group, config.anchor_weight, config.anchor_ratio)
+    def objective(self, anchors: Anchors | None, group: Sequence[int], within: Sequence[int]) -> Alignment | None:
+        """The alignment term of facts that are optimised together; None where none of them has an anchor.
 
-    def fit(self, facts: Sequence[Fact], objective: Alignment | None, earlier: Sequence[Fact]) -> dict[str, Update]:
+        Args:
+            group: the facts that are edited together, by their indices among all.
+            within: those to optimise, by their indices in the group.
+        """
+        config, chosen = self.config, [group[i] for i in within]
+        if anchors is None or not any(anchors.counts[i] for i in chosen):
+            return None
+        if config.alignment == "contrastive":
+            return Contrast(anchors, chosen, config.anchor_weight, config.anchor_ratio, temperature=config.temperature)
+        return Alignment(anchors, chosen, config.anchor_weight, config.anchor_ratio)
+
+    def fit(self, facts: Sequence[Fact], objective: ObjectiveOf, earlier: Sequence[Fact]) -> dict[str, Update]:
         """Values and their insertion, for facts that are edited together on top of earlier ones.
 
         Where blocks normalise what an MLP writes, a residual can't be spread over several of them, and one of them can only do
@@ -197,11 +205,46 @@ class _Job:
             for block in self.layers:
                 found = replace(self, layers=(block,))._fit_together(facts, objective, earlier)
                 updates |= found
-                attachment = WeightAttachment(self.base.model, {name: u.factors for name, u in found.items()})
-                stack.callback(attachment.detach)
+                stack.enter_context(self.in_force(found))
         return updates
 
-    def _fit_together(self, facts: Sequence[Fact], objective: Alignment | None, earlier: Sequence[Fact]) -> dict[str, Update]:
+    def _fit_together(self, facts: Sequence[Fact], objective: ObjectiveOf, earlier: Sequence[Fact]) -> dict[str, Update]:
+        """Values and their insertion; then values of facts that the insertion did not carry over are raised and all are
+        inserted anew, up to `retries` times. What the most facts hold in is kept."""
+        config = self.config
+        tail = config.tail_tokens if config.tail_factor else 0
+        texts = fact_texts(self.base, facts, self.contexts, tail, config.kept_prompts)
+        values = self._values(texts, objective(range(len(facts))))
+        width = weight_shape(self.base.model.get_submodule(self.layout.projection(self.layers[-1])))[1]
+        problem = Insertion(
+            self.base,
+            self.layout,
+            self.layers,
+            texts,
+            values,
+            self.statistics,
+            encode(self.base.tokenizer, [fact_text(f) for f in earlier]),
+            covariance_weight=config.covariance_weight or 0.1 * width * max(1.0, len(facts) / 100) ** 2,
+            null_space_threshold=config.null_space_threshold,
+            ridge=config.ridge,
+            bare_share=config.bare_share,
+        )
+        best = updates = EDITORS[self.editor](problem)
+        fewest = len(facts) + 1
+        for left in reversed(range(config.retries + 1)) if config.retries else ():
+            with self.in_force(updates):
+                scores = score_targets(self.base, [text.rewrites[0] for text in texts])
+                short = [i for i, score in enumerate(scores) if not score.right]
+                if len(short) < fewest:
+                    best, fewest = updates, len(short)
+                if not short or not left:
+                    break
+                further = self._values([texts[i] for i in short], objective(short))
+            values = values.raised(short, further)
+            updates = EDITORS[self.editor](replace(problem, values=values))
+        return best
+
+    def _values(self, texts: Sequence[FactTexts], objective: Objective | None) -> Values:
         config = self.config
         settings = ValueSettings(
             block=self.layers[-1],
@@ -215,9 +258,7 @@ class _Job:
             balance=config.balance,
             rotation=config.rotation,
         )
-        tail = config.tail_tokens if config.tail_factor else 0
-        texts = fact_texts(self.base, facts, self.contexts, tail, config.kept_prompts)
-        values = optimize_values(
+        return optimize_values(
             self.base,
             texts,
             settings,
@@ -226,20 +267,15 @@ class _Job:
             batch_facts=config.batch_facts,
             progress=self.progress,
         )
-        width = weight_shape(self.base.model.get_submodule(self.layout.projection(self.layers[-1])))[1]
-        problem = Insertion(
-            self.base,
-            self.layout,
-            self.layers,
-            texts,
-            values,
-            self.statistics,
-            encode(self.base.tokenizer, [fact_text(f) for f in earlier]),
-            covariance_weight=config.covariance_weight or 0.1 * width * max(1.0, len(facts) / 100) ** 2,
-            null_space_threshold=config.null_space_threshold,
-            ridge=config.ridge,
-        )
-        return EDITORS[self.editor](problem)
+
+    @contextmanager
+    def in_force(self, updates: dict[str, Update]) -> Iterator[None]:
+        """The model with updates of its weights."""
+        attachment = WeightAttachment(self.base.model, {name: u.factors for name, u in updates.items()})
+        try:
+            yield
+        finally:
+            attachment.detach()
 
 
 def _layers(base: Base, layout: Layout, config: SteamConfig, editor: str) -> tuple[int, ...]:

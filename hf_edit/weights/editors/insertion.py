@@ -14,7 +14,7 @@ from ...layout import Layout
 from ...moments import Moment
 from ...positions import EncodedText
 from ...statistics import KeyStatistics
-from ...suffix import read_keys_and_states
+from ...suffix import Frontier
 from ..attach import WeightAttachment
 from ..prompts import FactTexts
 from ..solve import Protected, Update, insert
@@ -40,6 +40,7 @@ class Insertion:
         covariance_weight: MEMIT's lambda.
         null_space_threshold: AlphaEdit's bound on the eigenvalues that count as null, relative to the mean one.
         ridge: AlphaEdit's L2, relative to the mean squared length of the facts' keys.
+        bare_share: the bare prompt's share in a fact's key; None counts it as one context among the others.
     """
 
     base: Base
@@ -52,48 +53,89 @@ class Insertion:
     covariance_weight: float
     null_space_threshold: float
     ridge: float
+    bare_share: float | None = None
 
     def moment(self, block: int) -> Moment:
         """The second moment of a block's keys."""
         return self.statistics.moments[self.layout.projection(block)]
 
-    def keys(self, block: int, *, bare: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys of the facts at a block, as the model stands now.
+    def keys(self, block: int, *, bare: bool = False) -> torch.Tensor:
+        """Keys of the facts at a block, as the model stands now: [facts, in] in float64; see `Reader.keys`.
 
         Args:
-            bare: of the bare prompt alone, rather than the mean over contexts.
-
-        Returns:
-            [facts, in] keys in float64, and [facts, hidden] outputs of the last edit layer's block, both at the subject's
-            last token; the outputs are those of the bare prompt.
+            bare: of the bare prompt alone, rather than the weighted mean over contexts.
         """
-        chosen = [fact.rewrites[:1] if bare else fact.rewrites for fact in self.texts]
-        owner = [f for f, texts in enumerate(chosen) for _ in texts]
-        found, states = self._read(block, [text for texts in chosen for text in texts])
-        owners = torch.tensor(owner, device=found.device)
-        sums = torch.zeros(len(self.texts), found.shape[1], dtype=torch.float64, device=found.device)
-        counts = owners.bincount(minlength=len(self.texts))
-        first = [owner.index(f) for f in range(len(self.texts))]
-        return sums.index_add(0, owners, found) / counts[:, None], states[first].float()
+        return Reader(self, bare=bare).keys(block)
+
+
+class Reader:
+    """Reads keys and states layer by layer, upwards: what lies below the layers read is not run again.
+
+    Args:
+        problem: whose facts.
+        bare: leave the contexts out.
+    """
+
+    def __init__(self, problem: Insertion, *, bare: bool = False) -> None:
+        self._problem = problem
+        weighed = [
+            (f, text, share)
+            for f, texts in enumerate(problem.texts)
+            for text, share in zip(
+                texts.rewrites, _shares(len(texts.rewrites), 1.0 if bare else problem.bare_share), strict=True
+            )
+            if share
+        ]
+        self._owners = torch.tensor([f for f, _, _ in weighed])
+        self._weights = torch.tensor([share for _, _, share in weighed], dtype=torch.float64)
+        self._facts = _Prompts(problem, [text for _, text, _ in weighed])
+        self._bare = _Prompts(problem, [texts.rewrites[0] for texts in problem.texts])
+        self._earlier = _Prompts(problem, problem.earlier)
+
+    def keys(self, block: int) -> torch.Tensor:
+        """Each fact's key, the weighted mean over its contexts at the subject's last token: [facts, in], float64."""
+        found = self._facts.keys(block)
+        sums = torch.zeros(len(self._problem.texts), found.shape[1], dtype=torch.float64, device=found.device)
+        return sums.index_add(0, self._owners.to(found.device), found * self._weights.to(found.device)[:, None])
+
+    def states(self, block: int) -> torch.Tensor:
+        """What the last edit layer's block gives for the bare prompts at the subject's last token: float32 [facts, hidden].
+
+        Args:
+            block: the lowest one whose weights may have changed since the last call.
+        """
+        return self._bare.states(block)
 
     def earlier_keys(self, block: int) -> torch.Tensor:
         """Keys of the facts edited before: [earlier, in], float64."""
-        if not self.earlier:
-            return torch.zeros(0, self.moment(block).width, dtype=torch.float64)
-        return self._read(block, self.earlier)[0]
+        return self._earlier.keys(block)
 
-    def _read(self, block: int, texts: Sequence[EncodedText]) -> tuple[torch.Tensor, torch.Tensor]:
-        name, last = self.layout.projection(block), self.layers[-1]
-        keys, states = read_keys_and_states(
-            self.base.model,
-            self.layout,
-            [t.ids[: t.subject + 1] for t in texts],
-            [(i, t.subject) for i, t in enumerate(texts)],
-            modules=(name,),
-            blocks=(last,),
-            last=last,
-        )
-        return keys[name].double(), states[last]
+
+class _Prompts:
+    """Prompts up to their subject's last token, where everything is read."""
+
+    def __init__(self, problem: Insertion, texts: Sequence[EncodedText]) -> None:
+        self._problem = problem
+        self._points = [(i, t.subject) for i, t in enumerate(texts)]
+        self._frontier = Frontier(problem.base.model, problem.layout, [t.ids[: t.subject + 1] for t in texts])
+
+    def keys(self, block: int) -> torch.Tensor:
+        if not self._points:
+            return torch.zeros(0, self._problem.moment(block).width, dtype=torch.float64)
+        name = self._problem.layout.projection(block)
+        self._frontier.advance(block)
+        return self._frontier.read(self._points, modules=(name,), last=block)[0][name].double()
+
+    def states(self, block: int) -> torch.Tensor:
+        last = self._problem.layers[-1]
+        self._frontier.advance(block)
+        return self._frontier.read(self._points, blocks=(last,), last=last)[1][last].float()
+
+
+def _shares(count: int, bare: float | None) -> list[float]:
+    """What the bare prompt and each of the contexts weigh in a fact's key, of so many texts."""
+    first = 1 / count if bare is None or count == 1 else bare
+    return [first, *[(1 - first) / (count - 1)] * (count - 1)] if count > 1 else [1.0]
 
 
 def spread(problem: Insertion, precondition: Precondition) -> dict[str, Update]:
@@ -111,17 +153,17 @@ def spread(problem: Insertion, precondition: Precondition) -> dict[str, Update]:
             "this model's blocks normalise what the MLP writes, so a residual can't be spread over several layers; "
             f"give one: layers=[{problem.layers[-1]}]"
         )
+    reader = Reader(problem)
     with ExitStack() as edited:
         for done, block in enumerate(problem.layers):
             name = problem.layout.projection(block)
-            keys, states = problem.keys(block)
             if values.scale is None:
                 residuals = values.deltas
             else:
                 goal = values.states + values.scale * values.deltas
-                residuals = (goal - states.to(goal.device)) / (values.scale * (len(problem.layers) - done))
-            K = keys.T.cpu()
-            protected = Protected.of(problem.earlier_keys(block).T.cpu(), partial(precondition, block))
+                residuals = (goal - reader.states(block).to(goal.device)) / (values.scale * (len(problem.layers) - done))
+            K = reader.keys(block).T.cpu()
+            protected = Protected.of(reader.earlier_keys(block).T.cpu(), partial(precondition, block))
             updates[name] = insert(K, protected.precondition(K), residuals.T)
             attachment = WeightAttachment(problem.base.model, {name: updates[name].factors})
             edited.callback(attachment.detach)
