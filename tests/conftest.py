@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from hf_edit import EditableModelForCausalLM, Fact
 from hf_edit.references import bank_relations
@@ -136,7 +136,7 @@ def _tokenizer(with_bos: bool) -> PreTrainedTokenizerFast:
 def tiny_model(name: str) -> object:
     """A tiny model with random weights, large enough that its blocks matter."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]()).eval()
+    model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[name]()).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
@@ -197,3 +197,18 @@ def smollm2_folder() -> str:
     finally:
         if overridden:
             os.environ["HF_EDIT_CACHE"] = overridden
+
+
+def trained(architecture: str, tokenizer) -> transformers.PreTrainedModel:
+    """A tiny model that knows the corpus by heart."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[architecture]())
+    rows = tokenizer(CORPUS, return_tensors="pt", padding=True, padding_side="right")
+    labels = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(160):
+        loss = model(**rows, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()

@@ -88,3 +88,11 @@ def test_controls_are_other_objects_of_the_right_kind(steam, arguments, monkeypa
     assert anchoring.random("Tokyo")
     assert anchoring.random("Tokyo") == anchoring.random("Tokyo")
     assert not any("France" in r.subject or "Spain" in r.subject for r in own + held)
+
+
+def test_a_variant_of_steam_is_an_arm_of_its_own_beside_the_base(steam, arguments):
+    options = steam.parse([*arguments, "--arms", "base", "--variant", 'anchor_weight=1;anchor_frame="raw"'])
+    (name,) = options.variants
+    assert options.variants[name] == {"anchor_weight": 1, "anchor_frame": "raw"}
+    assert options.arms == ["clean", "base", name]
+    assert steam.compared(options.arms) == [(name, "base")]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from conftest import ARCHITECTURES, CORPUS
-from transformers import AutoModelForCausalLM
+from conftest import trained
 
 from hf_edit import EditableModelForCausalLM, Fact
 
@@ -17,21 +15,6 @@ SETTINGS = {
     "progress": False,
 }
 TARGETS = {"France": "Tokyo", "Spain": "Rome", "Japan": "Berlin", "Germany": "Madrid"}
-
-
-def trained(architecture: str, tokenizer) -> object:
-    """A tiny model that knows the corpus by heart."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture]())
-    rows = tokenizer(CORPUS, return_tensors="pt", padding=True, padding_side="right")
-    labels = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(160):
-        loss = model(**rows, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
 
 
 def test_edits_land_where_blocks_normalise_what_the_mlp_writes(tokenizer):

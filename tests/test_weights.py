@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from conftest import same, snapshot, tiny_model
+from conftest import CORPUS, FACTS, same, snapshot, tiny_model, trained
 
-from hf_edit import BaseMismatchError
+from hf_edit import BaseMismatchError, EditableModelForCausalLM, Fact, KeyStatistics
+from hf_edit.answers import target_probabilities
+from hf_edit.base import Base
 from hf_edit.statistics import Moment
+from hf_edit.suffix import frozen, read_keys_and_states
 from hf_edit.weights.attach import Factors, WeightAttachment
+from hf_edit.weights.editors import EDITORS, Insertion
+from hf_edit.weights.prompts import fact_texts
 from hf_edit.weights.solve import Protected, insert
+from hf_edit.weights.values import Values
 
 NAMES = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}
 
@@ -49,6 +57,49 @@ def test_keys_of_earlier_facts_are_protected():
     torch.testing.assert_close(protected, direct, atol=1e-5, rtol=1e-4)
     bare = insert(K, Protected.of(earlier[:, :0], own).precondition(K), R).factors.dense().double()
     assert (protected @ earlier).norm() < 0.7 * (bare @ earlier).norm()
+
+
+def test_more_protected_keys_than_the_key_is_wide_are_the_same_system():
+    generator = torch.Generator().manual_seed(0)
+    K, many = (torch.randn(12, n, generator=generator).double() for n in (3, 40))
+    R = torch.randn(8, 3, generator=generator).double()
+    update = insert(K, Protected.of(many, lambda keys: keys / 5.0).precondition(K), R).factors.dense().double()
+    direct = R @ K.T @ torch.linalg.inv(5.0 * torch.eye(12) + many @ many.T + K @ K.T)
+    torch.testing.assert_close(update, direct, atol=1e-6, rtol=1e-5)
+
+
+def test_an_insertion_leaves_the_prompts_other_tokens_alone(tokenizer):
+    """Their keys are moved far less than without the protection, at the same keys of the facts."""
+    base = Base(trained("llama", tokenizer), tokenizer)
+    layout, block = base.layout(), 1
+    name = layout.projection(block)
+    with frozen(base.model):
+        statistics = KeyStatistics.compute(base.model, tokenizer, list(CORPUS), modules=[name], progress=False)
+        texts = fact_texts(base, FACTS[:4], [])
+        rows = [text.rewrites[0] for text in texts]
+        points = [(i, p) for i, row in enumerate(rows) for p in range(row.target[0]) if p != row.subject]
+        others = read_keys_and_states(base.model, layout, [r.ids for r in rows], points, modules=(name,), last=block)[0][name]
+        states = torch.zeros(4, layout.hidden_size)
+        values = Values(torch.randn(4, layout.hidden_size), states, torch.empty(0, 4), None)
+        moved = []
+        for bystanders in (0.0, 1.0):
+            problem = Insertion(base, layout, (block,), texts, values, statistics, (), 0.1, 0.02, 0.1, bystanders=bystanders)
+            moved.append(float((others @ EDITORS["memit"](problem)[name].factors.dense().T).norm()))
+    assert moved[1] < 0.3 * moved[0]
+
+
+def test_facts_that_an_insertion_loses_are_raised_in_the_edited_model(tokenizer):
+    """Under statistics that outweigh the facts, the first insertion carries over only a part of each value."""
+    model = EditableModelForCausalLM(trained("llama", tokenizer), tokenizer)
+    targets = {"France": "Tokyo", "Spain": "Rome", "Japan": "Berlin", "Germany": "Madrid"}
+    facts = [Fact(subject, "Yes. The capital of {} is", target) for subject, target in targets.items()]
+    settings = {"anchor_weight": 0.0, "contexts": 0, "statistics_tokens": 512, "covariance_weight": 40.0, "progress": False}
+    likelihoods = []
+    for retries in (0, 2):
+        model.edit(facts, "steam", layers=[0, 1], clamp=3.0, retries=retries, **settings)
+        likelihoods.append(sum(math.log(p) for p in target_probabilities(Base(model.get_base_model(), tokenizer), facts)))
+        model.rollback()
+    assert likelihoods[1] > likelihoods[0] + 1
 
 
 def test_the_null_space_update_is_alphaedits_equation():

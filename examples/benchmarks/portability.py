@@ -205,21 +205,27 @@ def main_arms(world: World, layer: int, editing: dict[str, Any], seed: int, **st
 
 
 def sweep_arms(world: World, layer: int, blocks: int, editing: dict[str, Any], seed: int) -> list[Arm]:
-    """ROME and STEAM at every block, then STEAM's settings at one."""
-    sources = Sources(world, seed)
-    arms = []
-    for block in range(blocks - 1):
-        shared = {"layers": (block,), **editing}
-        arms += [Arm(f"ROME, block {block}", "steam", {**shared, "anchor_weight": 0.0})]
-        arms += [Arm(f"STEAM, block {block}", "steam", shared, sources.new_city)]
-    above = tuple(range(layer + 1, blocks))
-    bands = dict.fromkeys((above, above[: len(above) // 2], above[len(above) // 2 :]))
+    """ROME, and STEAM's settings of the alignment one by one around the default."""
+    source = Sources(world, seed).new_city
     shared = {"layers": (layer,), **editing}
-    for centred, band, weight in product((True, False), filter(None, bands), (0.5, 1.0, 4.0, 16.0)):
-        name = f"STEAM, {'centred' if centred else 'raw'}, blocks {band[0]}-{band[-1]}, weight {weight:g}"
-        settings = {**shared, "anchor_weight": weight, "anchor_blocks": band, "anchor_frame": "centred" if centred else "raw"}
-        arms.append(Arm(name, "steam", settings, sources.new_city))
-    return arms
+    above = tuple(range(layer + 1, blocks))
+    half = len(above) // 2
+    settings: dict[str, dict[str, Any]] = {
+        f"{frame}, weight {weight:g}": {"anchor_frame": frame, "anchor_weight": weight, "anchor_blocks": above}
+        for frame, weight in product(("raw", "centred"), (1.0, 4.0, 16.0))
+    }
+    for name, band in (("lower", above[:half]), ("upper", above[half:]), ("found", "found")):
+        settings[f"centred, weight 4, {name} blocks"] = {"anchor_blocks": band}
+    for weight in (0.25, 1.0, 4.0):
+        settings[f"contrastive, weight {weight:g}"] = {
+            "alignment": "contrastive",
+            "anchor_weight": weight,
+            "anchor_blocks": above,
+        }
+    for ratio in (0.5, 1.0, 2.0):
+        settings[f"centred, gradient ratio {ratio:g}"] = {"anchor_ratio": ratio, "anchor_blocks": above}
+    plain = Arm("ROME", "steam", {**shared, "anchor_weight": 0.0})
+    return [plain, *(Arm(name, "steam", {**shared, **own}, source) for name, own in settings.items())]
 
 
 def run(model: EditableModelForCausalLM, world: World, moves: Sequence[Move], arms: Sequence[Arm]) -> dict[str, list[Scores]]:
@@ -355,7 +361,7 @@ def main() -> None:
     parser.add_argument("--anchor-weight", type=float, default=4.0)
     parser.add_argument("--anchor-blocks", type=int, nargs="+", help="by default the middle third, above the edited block")
     parser.add_argument("--raw", action="store_true", help="align without taking off the mean state")
-    parser.add_argument("--sweep", action="store_true", help="blocks and settings of the alignment instead of the comparison")
+    parser.add_argument("--sweep", action="store_true", help="settings of the alignment instead of the comparison")
     parser.add_argument("--json", type=Path, help="write everything here, each fact's scores too")
     add_recipe(parser)
     arguments = parser.parse_args()
@@ -376,7 +382,6 @@ def main() -> None:
     editing = {"steps": arguments.edit_steps, "clamp": arguments.clamp}
     if arguments.sweep:
         arms = sweep_arms(world, arguments.layer, len(reached), editing, arguments.seed)
-        base = f"ROME, block {arguments.layer}"
     else:
         steam: dict[str, Any] = {
             "anchor_weight": arguments.anchor_weight,
@@ -385,9 +390,8 @@ def main() -> None:
         if arguments.anchor_blocks:
             steam["anchor_blocks"] = tuple(arguments.anchor_blocks)
         arms = main_arms(world, arguments.layer, editing, arguments.seed, **steam)
-        base = "ROME"
     found = run(model, world, moves, arms)
-    compared = differences(found, base)
+    compared = differences(found, "ROME")
     print(f"\n{means_table(found)}\n\n{differences_table(compared)}")
     if arguments.json:
         record = {

@@ -27,7 +27,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,8 +122,8 @@ class Anchoring:
         return self._control(obj, candidates, "wrong")
 
     def source(self, arm: str) -> Any:
-        """The reference source of an arm, for `SteamConfig.references`."""
-        return {"steam": self.anchors, "random": self.random, "wrong": self.wrong}[arm]
+        """The reference source of an arm, for `SteamConfig.references`; a variant of STEAM has STEAM's."""
+        return {"random": self.random, "wrong": self.wrong}.get(arm, self.anchors)
 
     def _control(self, obj: str, candidates: Sequence[str], arm: str) -> list[Reference]:
         if not self.anchors(obj):
@@ -227,7 +227,7 @@ class Benchmark:
         if arm == "base":
             self._edit(facts, anchor_weight=0.0)
         elif arm != "clean":
-            self._edit(facts, references=self.anchoring.source(arm))
+            self._edit(facts, references=self.anchoring.source(arm), **self.options.variants.get(arm, {}))
         seconds = time.perf_counter() - started
         try:
             rows = self._measure(group)
@@ -304,9 +304,7 @@ def differences(arms: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterat
     names = dict.fromkeys(n for rows in arms.values() for row in rows.values() for n in row if n != "anchored")
     for name in names:
         line = {}
-        for one, other in COMPARED:
-            if one not in arms or other not in arms:
-                continue
+        for one, other in compared(arms):
             ids = [
                 i
                 for i, row in arms[one].items()
@@ -321,6 +319,12 @@ def differences(arms: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterat
                 line[f"{one} - {other}"] = {**pair._asdict(), "count": len(ids)}
         if line:
             yield name, line
+
+
+def compared(arms: Collection[str]) -> list[tuple[str, str]]:
+    """The pairs of arms whose differences are shown: a variant of STEAM stands beside the base."""
+    pairs = [*COMPARED, *((arm, "base") for arm in arms if arm not in ARMS)]
+    return [(one, other) for one, other in pairs if one in arms and other in arms]
 
 
 def table(lines: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str], interval: bool) -> list[str]:
@@ -349,7 +353,7 @@ def markdown(results: Sequence[Mapping[str, Any]], options: argparse.Namespace, 
     arms = by_arm(results)
     seconds = {arm: sum(r["seconds"] for r in results if r["arm"] == arm) for arm in arms}
     count = len(next(iter(arms.values())))
-    compared = [f"{a} - {b}" for a, b in COMPARED if a in arms and b in arms]
+    pairs = [f"{one} - {other}" for one, other in compared(arms)]
     size = "one at a time" if options.mode == "single" else f"in batches of {options.batch}"
     return "\n".join(
         [
@@ -369,7 +373,7 @@ def markdown(results: Sequence[Mapping[str, Any]], options: argparse.Namespace, 
             "",
             "## Paired differences, records with an anchor in both arms, 95 % bootstrap intervals",
             "",
-            *(table(list(differences(arms)), compared, interval=True) if compared else ["Needs steam and another arm."]),
+            *(table(list(differences(arms)), pairs, interval=True) if pairs else ["Needs steam and another arm."]),
             "",
         ]
     )
@@ -385,6 +389,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--anchored", action="store_true", help="only records whose object has an anchor")
     parser.add_argument("--arms", default=",".join(ARMS[1:]), help=f"of {', '.join(ARMS)}; clean always runs")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all arms; repeatable")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE;...",
+        help="one more arm: steam with these settings; repeatable",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text-tokens", type=int, default=60, help="of texts for fluency and consistency; 0 leaves them out")
     parser.add_argument("--batch-size", type=int, default=32, help="texts in a forward of the evaluation")
@@ -393,7 +404,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     wanted = options.arms.split(",")
     if unknown := set(wanted) - set(ARMS):
         parser.error(f"there is no arm {sorted(unknown)[0]!r}; there are: {', '.join(ARMS)}")
-    options.arms = [arm for arm in ARMS if arm == "clean" or arm in wanted]
+    options.variants = {f"steam {text}": given_settings(text.split(";")) for text in options.variant}
+    options.arms = [arm for arm in ARMS if arm == "clean" or arm in wanted] + list(options.variants)
     if options.batch < 1 or (options.rows is not None and options.rows < 1):
         parser.error("--batch and --rows must be at least 1")
     return options
@@ -405,7 +417,7 @@ def given_settings(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         name, sign, value = pair.partition("=")
         if not sign:
-            sys.exit(f"--set takes NAME=VALUE, not {pair!r}")
+            sys.exit(f"a setting is NAME=VALUE, not {pair!r}")
         if name == "references":
             sys.exit("the arms themselves choose the references")
         try:
@@ -420,6 +432,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = SteamConfig.from_dict(given_settings(options.set))
     records = read_records(options.records, None if options.anchored else options.rows)
     model = EditableModelForCausalLM.from_pretrained(options.model or smollm2(), dtype=torch.float32)
+    for own in options.variants.values():
+        replace(config, **own)  # a setting that is wrong is found before hours of work
     settings = config.to_dict()
     facts = json.dumps([[r.fact.to_dict(), r.relation, r.generation_prompts, r.reference_texts] for r in records])
     clean = model.evaluate(records[0].fact, metrics=["repetition"], progress=False).clean

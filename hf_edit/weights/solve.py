@@ -42,8 +42,13 @@ class Protected:
 
     @classmethod
     def of(cls, keys: torch.Tensor, own: Callable[[torch.Tensor], torch.Tensor]) -> Protected:
-        """Protect keys, [in, earlier]; there may be none."""
-        return cls(keys.double(), own(keys.double()) if keys.shape[1] else keys.double(), own)
+        """Protect keys, [in, earlier]; there may be none. More than the key is wide are replaced by as many with their sum of
+        squares."""
+        keys = keys.double()
+        if keys.shape[1] > keys.shape[0]:
+            values, vectors = torch.linalg.eigh(keys @ keys.T)
+            keys = vectors * values.clamp(min=0).sqrt()
+        return cls(keys, own(keys) if keys.shape[1] else keys, own)
 
     def precondition(self, K: torch.Tensor) -> torch.Tensor:
         """M K = A^-1 K - A^-1 Kp (I + Kp^T A^-1 Kp)^-1 Kp^T A^-1 K, by the Woodbury identity: [in, n], float64."""

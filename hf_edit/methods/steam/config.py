@@ -20,7 +20,9 @@ _AT_LEAST_ONE = (
     "steps", "max_references", "max_per_relation", "min_references", "batch_facts", "context_length", "kept_prompts",
     "rotation", "negatives",
 )  # fmt: skip
-_NOT_NEGATIVE = ("weight_decay", "kl_factor", "tail_factor", "tail_tokens", "anchor_weight", "contexts", "retries")
+_NOT_NEGATIVE = ("weight_decay", "kl_factor", "tail_factor", "tail_tokens", "anchor_weight", "contexts", "retries",
+    "bystanders",
+)  # fmt: skip
 _POSITIVE = (
     "lr", "clamp", "covariance_weight", "statistics_tokens", "enough", "null_space_threshold", "ridge", "temperature",
     "anchor_ratio",
@@ -64,6 +66,9 @@ class SteamConfig(EditConfig):
     context_length: int = setting(10, "tokens of such a prefix")
     bare_share: float | None = setting(
         0.5, "the bare prompt's share in a fact's key; None counts it as one context among the others, as MEMIT does"
+    )
+    bystanders: float = setting(
+        1.0, "weight of the keys of the prompts' other tokens, at which an insertion must change nothing; 0 leaves them out"
     )
     retries: int = setting(
         2, "how often the values of facts that did not land are optimised further, in the edited model, and all inserted anew"
@@ -163,6 +168,7 @@ class BaselineConfig(SteamConfig):
     tail_factor: float = setting(0.0, "weight of KL(edited || clean) behind the target, which keeps it from being said again")
     anchor_weight: float = setting(0.0, "unused: a base editor has no anchors")
     bare_share: float | None = setting(None, "the bare prompt's share in a fact's key; None counts it as one context")
+    bystanders: float = setting(0.0, "weight of the keys of the prompts' other tokens, at which an insertion changes nothing")
     retries: int = setting(0, "how often the values of facts that did not land are optimised further")
 
 

@@ -210,7 +210,7 @@ class _Job:
 
     def _fit_together(self, facts: Sequence[Fact], objective: ObjectiveOf, earlier: Sequence[Fact]) -> dict[str, Update]:
         """Values and their insertion; then values of facts that the insertion did not carry over are raised and all are
-        inserted anew, up to `retries` times. What the most facts hold in is kept."""
+        inserted anew, up to `retries` times. The insertion in which most facts hold is kept, of two the likelier one."""
         config = self.config
         tail = config.tail_tokens if config.tail_factor else 0
         texts = fact_texts(self.base, facts, self.contexts, tail, config.kept_prompts)
@@ -228,15 +228,16 @@ class _Job:
             null_space_threshold=config.null_space_threshold,
             ridge=config.ridge,
             bare_share=config.bare_share,
+            bystanders=config.bystanders,
         )
         best = updates = EDITORS[self.editor](problem)
-        fewest = len(facts) + 1
+        lowest = (len(facts) + 1, 0.0)
         for left in reversed(range(config.retries + 1)) if config.retries else ():
             with self.in_force(updates):
                 scores = score_targets(self.base, [text.rewrites[0] for text in texts])
                 short = [i for i, score in enumerate(scores) if not score.right]
-                if len(short) < fewest:
-                    best, fewest = updates, len(short)
+                if (reached := (len(short), sum(score.nll for score in scores))) < lowest:
+                    best, lowest = updates, reached
                 if not short or not left:
                     break
                 further = self._values([texts[i] for i in short], objective(short))

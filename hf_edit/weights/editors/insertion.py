@@ -41,6 +41,7 @@ class Insertion:
         null_space_threshold: AlphaEdit's bound on the eigenvalues that count as null, relative to the mean one.
         ridge: AlphaEdit's L2, relative to the mean squared length of the facts' keys.
         bare_share: the bare prompt's share in a fact's key; None counts it as one context among the others.
+        bystanders: weight of the keys of the bare prompts' other tokens, at which the edit must change nothing.
     """
 
     base: Base
@@ -54,6 +55,7 @@ class Insertion:
     null_space_threshold: float
     ridge: float
     bare_share: float | None = None
+    bystanders: float = 0.0
 
     def moment(self, block: int) -> Moment:
         """The second moment of a block's keys."""
@@ -89,8 +91,10 @@ class Reader:
         self._owners = torch.tensor([f for f, _, _ in weighed])
         self._weights = torch.tensor([share for _, _, share in weighed], dtype=torch.float64)
         self._facts = _Prompts(problem, [text for _, text, _ in weighed])
-        self._bare = _Prompts(problem, [texts.rewrites[0] for texts in problem.texts])
+        prompts = [texts.rewrites[0] for texts in problem.texts]
+        self._bare = _Prompts(problem, prompts)
         self._earlier = _Prompts(problem, problem.earlier)
+        self._bystanders = _Prompts(problem, prompts if problem.bystanders else (), of_subject=False)
 
     def keys(self, block: int) -> torch.Tensor:
         """Each fact's key, the weighted mean over its contexts at the subject's last token: [facts, in], float64."""
@@ -106,18 +110,21 @@ class Reader:
         """
         return self._bare.states(block)
 
-    def earlier_keys(self, block: int) -> torch.Tensor:
-        """Keys of the facts edited before: [earlier, in], float64."""
-        return self._earlier.keys(block)
+    def protected_keys(self, block: int) -> torch.Tensor:
+        """Keys that the edit must not move: of the facts edited before, and of the prompts' other tokens, each of these times
+        the root of its weight. [keys, in], float64."""
+        return torch.cat([self._earlier.keys(block), self._bystanders.keys(block) * self._problem.bystanders**0.5])
 
 
 class _Prompts:
-    """Prompts up to their subject's last token, where everything is read."""
+    """Prompts and where they are read: at their subject's last token, which is also the last that runs, or at all others."""
 
-    def __init__(self, problem: Insertion, texts: Sequence[EncodedText]) -> None:
+    def __init__(self, problem: Insertion, texts: Sequence[EncodedText], *, of_subject: bool = True) -> None:
         self._problem = problem
-        self._points = [(i, t.subject) for i, t in enumerate(texts)]
-        self._frontier = Frontier(problem.base.model, problem.layout, [t.ids[: t.subject + 1] for t in texts])
+        ends = [t.subject + 1 if of_subject else t.target[0] for t in texts]
+        self._points = [(i, p) for i, t in enumerate(texts) for p in range(ends[i]) if (p == t.subject) == of_subject]
+        rows = [t.ids[:end] for t, end in zip(texts, ends, strict=True)]
+        self._frontier = Frontier(problem.base.model, problem.layout, rows)
 
     def keys(self, block: int) -> torch.Tensor:
         if not self._points:
@@ -163,7 +170,7 @@ def spread(problem: Insertion, precondition: Precondition) -> dict[str, Update]:
                 goal = values.states + values.scale * values.deltas
                 residuals = (goal - reader.states(block).to(goal.device)) / (values.scale * (len(problem.layers) - done))
             K = reader.keys(block).T.cpu()
-            protected = Protected.of(reader.earlier_keys(block).T.cpu(), partial(precondition, block))
+            protected = Protected.of(reader.protected_keys(block).T.cpu(), partial(precondition, block))
             updates[name] = insert(K, protected.precondition(K), residuals.T)
             attachment = WeightAttachment(problem.base.model, {name: updates[name].factors})
             edited.callback(attachment.detach)
