@@ -93,7 +93,7 @@ def test_facts_that_an_insertion_loses_are_raised_in_the_edited_model(tokenizer)
     model = EditableModelForCausalLM(trained("llama", tokenizer), tokenizer)
     targets = {"France": "Tokyo", "Spain": "Rome", "Japan": "Berlin", "Germany": "Madrid"}
     facts = [Fact(subject, "Yes. The capital of {} is", target) for subject, target in targets.items()]
-    settings = {"anchor_weight": 0.0, "contexts": 0, "statistics_tokens": 512, "covariance_weight": 40.0, "progress": False}
+    settings = {"anchor_weight": 0.0, "contexts": 0, "statistics_tokens": 512, "covariance_weight": 400.0, "progress": False}
     likelihoods = []
     for retries in (0, 2):
         model.edit(facts, "steam", layers=[0, 1], clamp=3.0, retries=retries, **settings)

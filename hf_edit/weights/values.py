@@ -96,13 +96,10 @@ class Values:
     scale: float | None
 
     def raised(self, facts: Sequence[int], further: Values) -> Values:
-        """The values with those of some facts raised to what `further` asks for, which was optimised in an edited model: the
-        residuals lead from the clean state to there."""
+        """The values with those of some facts raised by `further`, which was optimised in an edited model: what was asked for
+        and what is still missing there, since an insertion carries over a part only."""
         deltas = self.deltas.clone()
-        if self.scale is None:
-            deltas[facts] += further.deltas
-        else:
-            deltas[facts] = further.deltas + (further.states - self.states[facts]) / self.scale
+        deltas[facts] += further.deltas
         return replace(self, deltas=deltas)
 
 
