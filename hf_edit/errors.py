@@ -35,3 +35,7 @@ class MergeError(HfEditError, RuntimeError):
 
 class SourceUnavailableError(HfEditError, ConnectionError):
     """An online source of reference facts does not answer."""
+
+
+class HubError(HfEditError, OSError):
+    """A repo on the Hub is missing, closed to this user, or out of reach; or it holds nothing of the kind."""

@@ -18,12 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .answers import greedy, says, target_probabilities
 from .base import Base
-from .errors import BaseMismatchError, ConflictingEditsError, HfEditError, MergeError, PackFormatError
+from .card import card
+from .errors import BaseMismatchError, ConflictingEditsError, HubError, MergeError, PackSecurityError
 from .facts import Fact, read_facts, resolve_conflicts
 from .health import COLLAPSE, Health
+from .hub import PushToHub, Snapshot, fetch
 from .methods import EditConfig, get_method
 from .methods.base import Attachment
-from .pack import CONFIG_FILE, FILES, EditPack, describe_base, versions
+from .pack import HUB_FILES, EditPack, check_name, describe_base, packs_in, versions
 from .report import EditReport, EvalReport, FactResult
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 _ANSWER_TOKENS = 16
 
 
-class EditableModelForCausalLM(nn.Module):
+class EditableModelForCausalLM(PushToHub, nn.Module):
     """A causal language model that can be edited; everything it does not define itself is the base model's.
 
     The base model is changed in place while edits are in force (its class and its state dict's keys stay as they are)
@@ -70,6 +72,7 @@ class EditableModelForCausalLM(nn.Module):
         self._active: tuple[str, ...] = ()
         self._attached: list[Attachment] = []
         self._health: Health | None = None
+        self._measured: list[tuple[dict[str, EditPack], EditReport | EvalReport]] = []  # for model cards
 
     # --- loading and saving -------------------------------------------------------------------------------------------
 
@@ -84,72 +87,113 @@ class EditableModelForCausalLM(nn.Module):
         base_revision: str | None = None,
         tokenizer: Any = None,
         verify_base: str = "error",
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
         **base_model_kwargs: Any,
     ) -> EditableModelForCausalLM:
-        """Load a base model, or a pack with the base that it names.
+        """Load a base model, or a pack with the base that it names. From the Hub, all files of a repo are of one commit,
+        also when its branch moves meanwhile.
 
         Args:
-            model_or_pack_id: id or folder of a base model, or folder of a pack.
+            model_or_pack_id: id or folder of a base model or of a pack.
             base_model: id, folder or loaded model to use as the base; it is checked to be the right one all the same.
             pack_name: the name for the pack that lies in the folder itself; packs in subfolders keep theirs.
-            revision: of `model_or_pack_id`.
-            base_revision: of the base model.
+            revision: of `model_or_pack_id`: branch, tag, pull request (``refs/pr/1``) or sha.
+            base_revision: of the base model; by default the one that the pack names.
             tokenizer: by default the base model's.
             verify_base: "error", "warn" or "off": what happens when the base is not the one the pack was made for.
+            cache_dir, token, force_download, local_files_only: for pack, base and tokenizer, as everywhere with the Hub.
             **base_model_kwargs: for `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
             BaseMismatchError: the base is another model than the pack was made for.
+            HubError: a repo is missing, gated, empty, or out of reach.
             PackFormatError: the pack is damaged.
+            PackSecurityError: a pack from the Hub names a base that is not on the Hub.
         """
-        folder = Path(model_or_pack_id)
-        packs = _packs_in(folder, pack_name)
-        source: Any = model_or_pack_id if not packs else base_model
-        if packs and source is None:
-            names = {pack.base["base_model_name_or_path"] for pack in packs.values()}
-            source = next(iter(names))
-            base_revision = base_revision or next(iter(packs.values())).base["base_model_revision"]
-            if len(names) > 1:
-                raise BaseMismatchError(
-                    f"the packs in {folder} name different bases: {sorted(map(str, names))}; pass base_model=..."
-                )
-            if source is None:
-                raise BaseMismatchError(f"the pack in {folder} does not name its base model; pass base_model=...")
-        elif not packs and base_model is not None:
-            raise FileNotFoundError(f"{folder} holds no edit pack, so there is nothing to put on base_model")
-        revision = base_revision if packs else revision
-        if isinstance(source, (str, os.PathLike)):
-            at = {"revision": revision} if revision else {}
-            loaded = AutoModelForCausalLM.from_pretrained(source, **at, **base_model_kwargs)
-            if tokenizer is None:
-                shared = {k: v for k, v in base_model_kwargs.items() if k in ("token", "cache_dir", "local_files_only")}
-                tokenizer = AutoTokenizer.from_pretrained(source, **at, **shared)
+        hub: dict[str, Any] = {
+            "cache_dir": cache_dir,
+            "token": token,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+        }
+        at = fetch(model_or_pack_id, (*HUB_FILES, "config.json"), revision=revision, **hub)
+        packs = packs_in(at, pack_name)
+        if not packs:
+            if base_model is not None:
+                raise FileNotFoundError(f"{at.name} holds no edit pack, so there is nothing to put on base_model")
+            _check_model(at, base_model_kwargs)
+            base: Any = at
+        elif base_model is None:
+            base = _named_base(at, packs, base_revision, hub)
+        elif isinstance(base_model, (str, os.PathLike)):
+            base = fetch(base_model, ["config.json"], revision=base_revision, **hub)
         else:
-            loaded = source
-        model = cls(loaded, tokenizer, base_revision=revision)
+            base = base_model
+        base_revision = base_revision if base is base_model else base.revision
+        if isinstance(base, Snapshot):
+            base, tokenizer = _load(base, tokenizer, hub, base_model_kwargs)
+        model = cls(base, tokenizer, base_revision=base_revision)
         for name, pack in packs.items():
             model.load_pack(pack, name, verify_base=verify_base)
         return model
 
-    def save_pretrained(self, directory: str | os.PathLike[str], *, selected_packs: str | Sequence[str] | None = None) -> None:
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        selected_packs: str | Sequence[str] | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub_kwargs: Any,
+    ) -> None:
         """Write packs: "default" into the folder itself, others into subfolders of their names. Never the base weights.
 
+        Args:
+            selected_packs: their names; by default all.
+            push_to_hub: push them as well.
+            repo_id: where to; by default a repo of the folder's name.
+            **hub_kwargs: for `push_to_hub`.
+
         Raises:
+            KeyError: there is no pack of that name.
             ValueError: there is nothing to save.
         """
-        selected = (selected_packs,) if isinstance(selected_packs, str) else selected_packs
-        names = list(self._packs) if selected is None else list(selected)
-        if not names:
-            raise ValueError("there are no edits to save; call model.edit(...) first")
-        for name in names:
-            self._pack(name).save_pretrained(Path(directory) / ("" if name == "default" else name))
+        folder = Path(directory)
+        self._write(folder, self._select(selected_packs), folder.resolve().name)
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.resolve().name, selected_packs=selected_packs, **hub_kwargs)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
-        """Not there yet; defined so that the base model's own, which would upload its weights, is not reached."""
-        raise HfEditError(
-            "pushing packs is not supported by this version; save the pack with model.save_pretrained(folder) and upload the "
-            "folder: hf upload USER/NAME folder"
-        )
+    def _write_for_hub(self, folder: Path, repo_id: str, *, selected_packs: str | Sequence[str] | None = None) -> str:
+        packs = {name: pack.shareable() for name, pack in self._select(selected_packs).items()}
+        self._write(folder, packs, repo_id)
+        if "default" not in packs:  # the repo's own card
+            (folder / "README.md").write_text(card(packs, repo_id, self._reports()), encoding="utf-8", newline="\n")
+        return f"{sum(len(pack.facts) for pack in packs.values())} edited facts"
+
+    def _select(self, names: str | Sequence[str] | None) -> dict[str, EditPack]:
+        chosen = list(self._packs) if names is None else [names] if isinstance(names, str) else list(names)
+        if not chosen:
+            raise ValueError("there are no edits to save; call model.edit(...) first")
+        return {name: self._pack(name) for name in chosen}
+
+    def _write(self, folder: Path, packs: Mapping[str, EditPack], where: str) -> None:
+        """Packs with their cards, that of "default" also being the whole folder's."""
+        for name, pack in packs.items():
+            shown = packs if name == "default" else {name: pack}
+            below = folder if name == "default" else folder / name
+            pack.save_pretrained(below, readme=card(shown, where, self._reports()))
+
+    def _reports(self) -> dict[str, list[EditReport | EvalReport]]:
+        """What was measured of packs that are still as they were then."""
+        found: dict[str, list[EditReport | EvalReport]] = {}
+        for packs, report in self._measured:
+            if all(self._packs.get(name) is pack for name, pack in packs.items()):
+                for name in packs:
+                    found.setdefault(name, []).append(report)
+        return found
 
     # --- editing ------------------------------------------------------------------------------------------------------
 
@@ -186,7 +230,7 @@ class EditableModelForCausalLM(nn.Module):
             UnsupportedArchitectureError: the method can't edit this model.
         """
         how = get_method(method)
-        _check_name(pack_name)
+        check_name(pack_name)
         settings = how.config_class.combine(config, config_overrides)
         previous = self._packs.get(pack_name)
         inactive = previous.facts if previous is not None and pack_name not in self._active else ()
@@ -231,7 +275,9 @@ class EditableModelForCausalLM(nn.Module):
                 FactResult(f, b, a, says(a, f.target), pb, pa, notes.get(str(f.id), ""))
                 for f, (b, pb), (a, pa) in zip(wanted, before, after, strict=True)
             )
-        return EditReport(method, pack_name, results, fitted, time.perf_counter() - started - fitted, **health)
+        report = EditReport(method, pack_name, results, fitted, time.perf_counter() - started - fitted, **health)
+        self._measured = [({pack_name: pack}, report)]
+        return report
 
     def _check_health(self) -> dict[str, Any]:
         """Perplexity on the model's own text before all edits and now, for the report; warns of a collapse."""
@@ -352,7 +398,7 @@ class EditableModelForCausalLM(nn.Module):
         chosen = self.list_edits() if facts is None else read_facts(facts)
         if not chosen:
             raise ValueError("there are no edits in force; pass the facts to ask about: model.evaluate(facts)")
-        return evaluate(
+        report = evaluate(
             self._base,
             chosen,
             metrics=metrics,
@@ -366,6 +412,9 @@ class EditableModelForCausalLM(nn.Module):
             unedited=self.disable_edits,
             progress=progress,
         )
+        if facts is None and len(self._active) == 1:
+            self._measured.append(({name: self._packs[name] for name in self._active}, report))
+        return report
 
     # --- packs --------------------------------------------------------------------------------------------------------
 
@@ -380,9 +429,20 @@ class EditableModelForCausalLM(nn.Module):
         return list(self._active)
 
     def load_pack(
-        self, pack_or_folder: EditPack | str | os.PathLike[str], pack_name: str = "default", *, verify_base: str = "error"
+        self,
+        pack_or_id: EditPack | str | os.PathLike[str],
+        pack_name: str = "default",
+        *,
+        verify_base: str = "error",
+        **hub_kwargs: Any,
     ) -> None:
         """Put a pack in force beside those that are.
+
+        Args:
+            pack_or_id: a pack, its folder, or the id of its repo on the Hub.
+            pack_name: the name that it gets here.
+            verify_base: as for `from_pretrained`.
+            **hub_kwargs: for `EditPack.from_pretrained`: `revision`, `token`, ...
 
         Raises:
             BaseMismatchError: it was made for another base; `verify_base` "warn" logs it, "off" does not look.
@@ -391,8 +451,8 @@ class EditableModelForCausalLM(nn.Module):
         """
         if verify_base not in ("error", "warn", "off"):
             raise ValueError(f"verify_base is 'error', 'warn' or 'off', not {verify_base!r}")
-        _check_name(pack_name)
-        pack = pack_or_folder if isinstance(pack_or_folder, EditPack) else EditPack.from_pretrained(pack_or_folder)
+        check_name(pack_name)
+        pack = pack_or_id if isinstance(pack_or_id, EditPack) else EditPack.from_pretrained(pack_or_id, **hub_kwargs)
         if pack_name in self._packs:
             raise ConflictingEditsError(f"there is a pack {pack_name!r} already; load this one under another pack_name")
         if len(resolve_conflicts(pack.facts, self.list_edits())) < len(pack.facts):
@@ -570,24 +630,44 @@ class EditableModelForCausalLM(nn.Module):
         return f"EditableModelForCausalLM({name!r}, edits in force: {packs or 'none'})"
 
 
-def _packs_in(folder: Path, pack_name: str) -> dict[str, EditPack]:
-    """The packs in a local folder: its own and those of its subfolders; none where it holds no pack."""
-    if not folder.is_dir():
-        return {}
-    packs = {}
-    if (folder / CONFIG_FILE).exists():
-        packs[pack_name] = EditPack.from_pretrained(folder)
-    elif (folder / "edits.safetensors").exists():
-        raise PackFormatError(f"{folder} has no {CONFIG_FILE}: the pack is incomplete, save or download it again")
-    if not packs and (folder / "config.json").exists():
-        return {}  # a model; packs that happen to lie below it were not asked for
-    for child in sorted(p for p in folder.iterdir() if (p / CONFIG_FILE).exists()):
-        if child.name in packs:
-            raise ConflictingEditsError(
-                f"{folder} has a pack {child.name!r} of its own; pass another pack_name for the main one"
-            )
-        packs[child.name] = EditPack.from_pretrained(child)
-    return packs
+def _check_model(at: Snapshot, base_model_kwargs: Mapping[str, Any]) -> None:
+    """Say what a repo is not, where it is neither a pack nor a model."""
+    elsewhere = {"gguf_file", "subfolder"} & set(base_model_kwargs)
+    if at.repo_id is not None and not elsewhere and not (at.folder / "config.json").exists():
+        raise HubError(
+            f"{at.name} holds neither an edit pack (edit_config.json) nor a model (config.json); if you work offline, the "
+            "cache may have a part of it only"
+        )
+
+
+def _named_base(at: Snapshot, packs: Mapping[str, EditPack], revision: str | None, hub: Mapping[str, Any]) -> Snapshot:
+    """The base that packs name, at the commit that they were made for."""
+    bases = {(pack.base["base_model_name_or_path"], pack.base["base_model_revision"]) for pack in packs.values()}
+    names = {name for name, _ in bases}
+    if len(names) > 1:
+        raise BaseMismatchError(f"the packs in {at.name} name different bases: {sorted(map(str, names))}; pass base_model=...")
+    name, pinned = min(bases, key=str)
+    if name is None:
+        raise BaseMismatchError(f"the pack in {at.name} does not name its base model; pass base_model=...")
+    if at.repo_id is not None and os.path.exists(name):
+        raise PackSecurityError(
+            f"{at.name} names the base {name!r}, and a local path of that name would be loaded in place of the repo on the "
+            "Hub: pass base_model=... to say which you mean, or go to another folder"
+        )
+    try:
+        return fetch(name, ["config.json"], revision=revision or pinned, **hub)
+    except (FileNotFoundError, HubError) as error:
+        raise type(error)(
+            f"the base that the pack in {at.name} is for can't be had: {error}. If you have it elsewhere, pass base_model=..."
+        ) from error
+
+
+def _load(base: Snapshot, tokenizer: Any, hub: Mapping[str, Any], base_model_kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A base model and its tokenizer, of one commit."""
+    source = base.folder if base.repo_id is None else base.repo_id
+    pinned = {} if base.revision is None else {"revision": base.revision, **hub}
+    model = AutoModelForCausalLM.from_pretrained(source, **pinned, **base_model_kwargs)
+    return model, AutoTokenizer.from_pretrained(source, **pinned) if tokenizer is None else tokenizer
 
 
 def _check_ids(facts: Sequence[Fact], known: Sequence[Fact]) -> None:
@@ -596,8 +676,3 @@ def _check_ids(facts: Sequence[Fact], known: Sequence[Fact]) -> None:
     if len(set(ids)) < len(ids):
         twice = next(id for id in ids if ids.count(id) > 1)
         raise ConflictingEditsError(f"two facts have the id {twice!r}; give them different ids, or none")
-
-
-def _check_name(name: str) -> None:
-    if not name or len(name) > 64 or name.startswith(".") or name in FILES or any(c in name for c in '/\\:*?"<>|\0\n\r'):
-        raise ValueError(f'{name!r:.80} is no name for a pack: up to 64 characters, none of them / \\ : * ? " < > |')

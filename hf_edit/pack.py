@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from huggingface_hub.errors import SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -22,11 +24,14 @@ from ._version import __version__
 from .base import Base
 from .cache import atomic_path
 from .card import card
-from .errors import BaseMismatchError, PackFormatError
+from .errors import BaseMismatchError, ConflictingEditsError, HubError, PackFormatError, PackSecurityError
 from .facts import Fact
+from .hub import PushToHub, Snapshot, api, explained, fetch, is_full_sha, is_repo_id
 from .methods import EditConfig, Fit, get_method
 
-__all__ = ["CONFIG_FILE", "EditPack"]
+__all__ = ["CONFIG_FILE", "EditPack", "check_name", "packs_in"]
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "edit_config.json"
 FACTS_FILE = "facts.jsonl"
@@ -34,6 +39,9 @@ TENSORS_FILE = "edits.safetensors"
 CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, FACTS_FILE, TENSORS_FILE, CARD_FILE)
 FORMAT_VERSION = 1
+
+_READ = (CONFIG_FILE, FACTS_FILE, TENSORS_FILE)
+HUB_FILES = (*_READ, *(f"*/{name}" for name in _READ))  # what is downloaded of a repo of packs
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_FACTS_BYTES = 1 << 28
@@ -59,7 +67,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class EditPack:
+class EditPack(PushToHub):
     """An edit: facts, tensors, and the base model that they are for.
 
     Attributes:
@@ -154,8 +162,22 @@ class EditPack:
                     "(float16 rounds a float32 checkpoint otherwise than bfloat16 does: load the base in float32 or bfloat16.)"
                 )
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        readme: str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub_kwargs: Any,
+    ) -> Path:
         """Write the pack's files into a folder, each replaced whole; `edit_config.json` comes last.
+
+        Args:
+            readme: the model card; by default one is made from the pack.
+            push_to_hub: push the pack as well.
+            repo_id: where to; by default a repo of the folder's name.
+            **hub_kwargs: for `push_to_hub`.
 
         Returns:
             The folder.
@@ -177,10 +199,29 @@ class EditPack:
                 {"format": "pt", "hf_edit_format": str(FORMAT_VERSION)},
             )
             facts_path.write_text(facts, encoding="utf-8", newline="\n")
-            card_path.write_text(card(self), encoding="utf-8", newline="\n")
+            text = readme or card({"default": self}, folder.resolve().name)
+            card_path.write_text(text, encoding="utf-8", newline="\n")
             config = self._config_json(_sha256(facts_path), _sha256(tensors_path))
             config_path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.resolve().name, **hub_kwargs)
         return folder
+
+    def _write_for_hub(self, folder: Path, repo_id: str, *, pack_name: str = "default") -> str:
+        """The pack as it may be read by strangers: "default" in the repo itself, others in subfolders of their names."""
+        pack = self.shareable()
+        pack.save_pretrained(_below(folder, pack_name), readme=card({pack_name: pack}, repo_id))
+        return f"{len(self.facts)} edited facts ({self.method})"
+
+    def shareable(self) -> EditPack:
+        """The pack without the path of a base that lies in a local folder, which means nothing to others."""
+        name = self.base["base_model_name_or_path"]
+        if name is None or is_repo_id(name):
+            return self
+        logger.warning(
+            "the base is a local folder, which the shared pack does not name: whoever loads it has to pass base_model=..."
+        )
+        return replace(self, base={**self.base, "base_model_name_or_path": None, "base_model_revision": None})
 
     def _config_json(self, facts_sha256: str, tensors_sha256: str) -> dict[str, Any]:
         return {
@@ -198,15 +239,45 @@ class EditPack:
         }
 
     @classmethod
-    def inspect(cls, directory: str | os.PathLike[str]) -> dict[str, Any]:
-        """The checked contents of a pack's `edit_config.json`, and its tensors' names, types and shapes; reads no tensor.
+    def inspect(
+        cls,
+        pack_or_id: str | os.PathLike[str],
+        *,
+        pack_name: str = "default",
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> dict[str, Any]:
+        """The checked contents of a pack's `edit_config.json`, and its tensors' names, types and shapes; reads no tensor,
+        and downloads none.
+
+        Args:
+            pack_or_id: as for `from_pretrained`, as are the others.
 
         Raises:
-            FileNotFoundError: no pack in this folder.
+            FileNotFoundError: no pack there.
+            HubError: the repo is missing, gated, or out of reach.
             PackFormatError: it is damaged, or of a format that this version does not read.
         """
-        config = _read_config(Path(directory))
-        path = _file(Path(directory), TENSORS_FILE)
+        config_file = _below(PurePosixPath(), pack_name) / CONFIG_FILE
+        at = fetch(
+            pack_or_id,
+            [str(config_file)],
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        folder = _below(at.folder, pack_name)
+        _check_there(at, pack_name)
+        config = _read_config(folder)
+        if at.repo_id is not None and not (folder / TENSORS_FILE).exists():
+            header = _remote_header(at, str(config_file.parent / TENSORS_FILE), token)
+            return {**config, **header, "repo_id": at.repo_id, "revision": at.revision}
+        path = _file(folder, TENSORS_FILE)
         try:
             with safe_open(path, "pt") as file:
                 names = list(file.keys())
@@ -214,18 +285,53 @@ class EditPack:
                 tensors = {n: {"dtype": s.get_dtype(), "shape": list(s.get_shape())} for n, s in slices.items()}
         except SafetensorError as error:
             raise PackFormatError(f"{path} is no valid safetensors file: {error}") from error
-        return {**config, "tensors": tensors, "bytes": path.stat().st_size}
+        origin = {} if at.repo_id is None else {"repo_id": at.repo_id, "revision": at.revision}
+        return {**config, "tensors": tensors, "bytes": path.stat().st_size, **origin}
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str]) -> EditPack:
-        """Read a pack from a folder.
+    def from_pretrained(
+        cls,
+        pack_or_id: str | os.PathLike[str],
+        *,
+        pack_name: str = "default",
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> EditPack:
+        """Read a pack from a folder, or from a repo on the Hub: all its files of one commit.
+
+        Args:
+            pack_or_id: a folder, or the id of a repo.
+            pack_name: which of several packs there: "default" lies in the folder itself, others in subfolders.
+            revision: branch, tag, pull request (``refs/pr/1``) or sha of the repo; by default the main branch.
+            cache_dir, token, force_download, local_files_only: as everywhere with the Hub.
 
         Raises:
-            FileNotFoundError: no pack in this folder.
+            FileNotFoundError: no pack there.
+            HubError: the repo is missing, gated, or out of reach.
             PackFormatError: a file is missing, damaged, changed since it was written, or of a newer format.
+            PackSecurityError: a pack from the Hub names a base that is not on the Hub.
         """
-        folder = Path(directory)
+        at = fetch(
+            pack_or_id,
+            [str(_below(PurePosixPath(), pack_name) / name) for name in _READ],
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        _check_there(at, pack_name)
+        return cls._read(at, _below(at.folder, pack_name))
+
+    @classmethod
+    def _read(cls, at: Snapshot, folder: Path) -> EditPack:
+        """The pack in a folder of a snapshot."""
         config = _read_config(folder)
+        if at.repo_id is not None:
+            _check_hub_base(config, at)
         facts = _read_facts(_file(folder, FACTS_FILE), config)
         tensors = _read_tensors(_file(folder, TENSORS_FILE), config)
         try:
@@ -237,6 +343,79 @@ class EditPack:
         method.validate(fit, settings, None)
         base = {key: config[key] for key in _BASE_KEYS}
         return cls(config["method"], settings, fit, base, config["seed"], config["versions"], config["parent"])
+
+
+def packs_in(at: Snapshot, pack_name: str = "default") -> dict[str, EditPack]:
+    """The packs in a folder: its own and those of its subfolders, by name; none where it holds a model or nothing.
+
+    Args:
+        pack_name: the name for the folder's own.
+
+    Raises:
+        ConflictingEditsError: a subfolder has that name too.
+        PackFormatError: a pack is damaged or incomplete.
+        PackSecurityError: as for `EditPack.from_pretrained`.
+    """
+    folder = at.folder
+    packs = {}
+    if (folder / CONFIG_FILE).exists():
+        packs[pack_name] = EditPack._read(at, folder)
+    elif (folder / TENSORS_FILE).exists():
+        raise PackFormatError(f"{folder} has no {CONFIG_FILE}: the pack is incomplete, save or download it again")
+    if not packs and (folder / "config.json").exists():
+        return {}  # a model; packs that happen to lie below it were not asked for
+    children = folder.iterdir() if folder.is_dir() else ()  # of a repo without any such file there is no folder
+    for child in sorted(p for p in children if (p / CONFIG_FILE).exists()):
+        if child.name in packs:
+            raise ConflictingEditsError(
+                f"{folder} has a pack {child.name!r} of its own; pass another pack_name for the main one"
+            )
+        packs[child.name] = EditPack._read(at, child)
+    return packs
+
+
+def _below(folder: Any, pack_name: str) -> Any:
+    """Where a pack of this name lies in a folder of packs."""
+    check_name(pack_name)
+    return folder if pack_name == "default" else folder / pack_name
+
+
+def _check_there(at: Snapshot, pack_name: str) -> None:
+    """Say what there is instead of a pack that is not there."""
+    if (_below(at.folder, pack_name) / CONFIG_FILE).exists() or (at.repo_id is None and pack_name == "default"):
+        return
+    missing = f"{at.name} holds no edit pack" + ("" if pack_name == "default" else f" {pack_name!r}")
+    if at.repo_id is not None:
+        raise HubError(f"{missing}: there is no {_below(PurePosixPath(), pack_name) / CONFIG_FILE}")
+    named = sorted(p.name for p in at.folder.iterdir() if (p / CONFIG_FILE).exists())
+    raise FileNotFoundError(f"{missing}; there are: {', '.join(named) or 'none'}")
+
+
+def _check_hub_base(config: Mapping[str, Any], at: Snapshot) -> None:
+    """A pack from the Hub may name a Hub base only, and that at a commit for good."""
+    name, revision = config["base_model_name_or_path"], config["base_model_revision"]
+    if name is not None and not is_repo_id(name):
+        raise PackSecurityError(
+            f"{at.name} names the base {name!r:.200}, which is no id of a repo on the Hub. If you trust the pack, download it "
+            "and load the folder; if it is yours, push it with push_to_hub, which leaves local paths out"
+        )
+    if revision is not None and not is_full_sha(revision):
+        raise PackSecurityError(f"{at.name} names the base's revision {revision!r:.200}, which is no full sha of a commit")
+
+
+def _remote_header(at: Snapshot, path: str, token: str | bool | None) -> dict[str, Any]:
+    """Tensors' names, types and shapes from the header of a file on the Hub, and the file's size."""
+    client = api(token)
+    with explained(str(at.repo_id), at.revision):
+        entries = client.get_paths_info(str(at.repo_id), path, revision=at.revision)
+        if not entries:
+            raise PackFormatError(f"{at.name} has no {path}: the pack is incomplete")
+        try:
+            header = client.parse_safetensors_file_metadata(str(at.repo_id), path, revision=at.revision)
+        except SafetensorsParsingError as error:
+            raise PackFormatError(f"{at.name}: {path} is no valid safetensors file: {error}") from error
+    tensors = {n: {"dtype": t.dtype, "shape": list(t.shape)} for n, t in list(header.tensors.items())[:_MAX_TENSORS]}
+    return {"tensors": tensors, "bytes": getattr(entries[0], "size", 0)}
 
 
 _BASE_KEYS = (
@@ -385,3 +564,13 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
         return digest.hexdigest()
+
+
+def check_name(name: str) -> None:
+    """Refuse a name for a pack that is no name of a folder, or that one of a pack's files has.
+
+    Raises:
+        ValueError: the name can't be one.
+    """
+    if not name or len(name) > 64 or name.startswith(".") or name in FILES or any(c in name for c in '/\\:*?"<>|\0\n\r'):
+        raise ValueError(f'{name!r:.80} is no name for a pack: up to 64 characters, none of them / \\ : * ? " < > |')

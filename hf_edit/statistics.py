@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from ._version import __version__
 from .base import Base
 from .cache import atomic_path, cache_folder
-from .errors import BaseMismatchError, PackFormatError
+from .errors import BaseMismatchError, HubError, PackFormatError
+from .hub import PushToHub, fetch
 from .layout import weight_shape
 from .moments import Moment, folded
 from .progress import bar
@@ -42,9 +43,29 @@ _SAMPLE_ROWS = 64  # sampled and kept together
 _TEXT_LENGTH = 512
 _GROUP = 32  # rows whose products are summed before they join the total
 _CHECKPOINT_SECONDS = 60.0
+_CARD = """---
+library_name: hf_edit
+tags:
+- knowledge-editing
+- hf_edit:key-statistics
+---
+
+# Key statistics
+
+Second moments of MLP keys, which weight edits with [hf_edit](https://pypi.org/project/hf-edit/) must not disturb. They belong to
+the one model with the fingerprint `{fingerprint}`, and are refused for any other.
+
+```python
+model.edit(facts, statistics="{repo_id}")
+```
+
+| module | key width | tokens |
+|---|---|---|
+{modules}
+"""
 
 
-class KeyStatistics:
+class KeyStatistics(PushToHub):
     """Second moments of MLP keys, by module name, for one model.
 
     Attributes:
@@ -150,9 +171,21 @@ class KeyStatistics:
             if self.moments[name].width != width:
                 raise BaseMismatchError(f"the statistics of {name} are for keys of {self.moments[name].width}, not {width}")
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub_kwargs: Any,
+    ) -> Path:
         """Write `key_statistics.safetensors` (the sums, float64 triangles folded to half a square) and
         `key_statistics.json` into a folder; each file is replaced whole, the JSON last.
+
+        Args:
+            push_to_hub: push them as well.
+            repo_id: where to; by default a repo of the folder's name.
+            **hub_kwargs: for `push_to_hub`.
 
         Returns:
             The folder.
@@ -173,21 +206,54 @@ class KeyStatistics:
             tensors = {name: folded(m.total) for name, m in self.moments.items()}
             save_file(tensors, tensors_path, {"format": "pt", "modules": json.dumps(modules, sort_keys=True)})
             config_path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.resolve().name, **hub_kwargs)
         return folder
 
+    def _write_for_hub(self, folder: Path, repo_id: str) -> str:
+        self.save_pretrained(folder)
+        modules = "\n".join(f"| `{name}` | {m.width} | {m.tokens} |" for name, m in sorted(self.moments.items()))
+        (folder / "README.md").write_text(_CARD.format(repo_id=repo_id, fingerprint=self.fingerprint, modules=modules), "utf-8")
+        return f"Key statistics of {len(self.moments)} modules"
+
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str], *, fingerprint: str | None = None) -> KeyStatistics:
-        """Read a folder that `save_pretrained` wrote. Sums are read from it when they are needed, and checked then.
+    def from_pretrained(
+        cls,
+        directory_or_id: str | os.PathLike[str],
+        *,
+        fingerprint: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> KeyStatistics:
+        """Read what `save_pretrained` or `push_to_hub` wrote. Sums are read when they are needed, and checked then.
 
         Args:
+            directory_or_id: a folder, or the id of a repo on the Hub.
             fingerprint: of the model they are meant for; checked where given.
+            revision: branch, tag, pull request or sha of the repo; by default the main branch.
+            cache_dir, token, force_download, local_files_only: as everywhere with the Hub.
 
         Raises:
             FileNotFoundError: the folder holds no statistics.
+            HubError: the repo is missing, gated, out of reach, or holds none.
             PackFormatError: they are damaged, or of a newer format.
             BaseMismatchError: they belong to another model.
         """
-        folder = Path(directory)
+        at = fetch(
+            directory_or_id,
+            [_CONFIG_FILE, _TENSORS_FILE],
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        folder = at.folder
+        if at.repo_id is not None and not (folder / _CONFIG_FILE).exists():
+            raise HubError(f"{at.name} holds no key statistics: there is no {_CONFIG_FILE}")
         config = _read_config(folder / _CONFIG_FILE)
         path = folder / _TENSORS_FILE
         try:
@@ -225,7 +291,7 @@ def open_statistics(
     """The statistics that a method works with.
 
     Args:
-        given: `KeyStatistics`, the folder of saved ones, or None for those of the model's own text (`cached_statistics`).
+        given: `KeyStatistics`, the folder or the repo of saved ones, or None for those of the model's own text (`cached_statistics`).
 
     Raises:
         BaseMismatchError: the given ones belong to another model.
