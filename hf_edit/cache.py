@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_path", "cache_folder"]
+__all__ = ["atomic_path", "cache_folder", "sort_header"]
 
 
 def cache_folder(*parts: str) -> Path:
@@ -37,3 +38,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sort_header(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, which the library writes in a random one: what is the same is then
+    the same file, and is neither uploaded nor stored again."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(written) == size
+        file.seek(8)
+        file.write(written)

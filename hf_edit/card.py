@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .pack import EditPack
     from .report import EditReport, EvalReport
 
-__all__ = ["card"]
+__all__ = ["card", "loading"]
 
 _SHOWN = 50
 _MARKUP = "&\\`*_{}[]<>|#$~:"
@@ -51,6 +51,11 @@ def card(
         )
         + "\n"
     )
+
+
+def loading(where: str) -> str:
+    """The call that loads packs, as it stands in their card."""
+    return f"EditableModelForCausalLM.from_pretrained({_literal(where)})"
 
 
 def _metadata(packs: Mapping[str, EditPack], reports: Mapping[str, Sequence[Any]]) -> ModelCardData:
@@ -97,7 +102,7 @@ def _usage(packs: Mapping[str, EditPack], where: str) -> str:
 ```python
 from hf_edit import EditableModelForCausalLM
 
-model = EditableModelForCausalLM.from_pretrained({_literal(where)}){names}
+model = {loading(where)}{names}
 print(model.ask({_literal(prompt)}))
 with model.disable_edits():
     print(model.ask({_literal(prompt)}))

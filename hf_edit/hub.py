@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +27,25 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
     RevisionResolutionError,
+    SafetensorsParsingError,
 )
 from huggingface_hub.utils import validate_repo_id
 
 from ._version import __version__
-from .errors import HubError
+from .errors import HubError, PackFormatError, PackSecurityError
 
-__all__ = ["PushToHub", "Snapshot", "api", "explained", "fetch", "is_full_sha", "is_repo_id", "resolve"]
+__all__ = [
+    "PushToHub",
+    "Snapshot",
+    "api",
+    "check_base_of",
+    "explained",
+    "fetch",
+    "is_full_sha",
+    "is_repo_id",
+    "resolve",
+    "safetensors_header",
+]
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ def is_repo_id(name: Any) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return True
+    return isinstance(name, str)
 
 
 def is_full_sha(revision: Any) -> bool:
@@ -153,6 +165,47 @@ def fetch(
 
 
 _NO_ID = ", and this is no id of a repo on the Hub (USER/NAME) either"
+
+
+def safetensors_header(at: Snapshot, path: str, token: str | bool | None = None) -> tuple[dict[str, Any], int]:
+    """Tensors' dtypes and shapes, by name, from the header of a file on the Hub, and the file's bytes; no tensor is read.
+
+    Raises:
+        HubError: the repo is out of reach.
+        PackFormatError: there is no such file, or it is no safetensors file.
+    """
+    client, repo_id = api(token), str(at.repo_id)
+    with explained(repo_id, at.revision):
+        entries = client.get_paths_info(repo_id, path, revision=at.revision)
+        if not entries:
+            raise PackFormatError(f"{at.name} has no {path}: the pack is incomplete")
+        try:
+            header = client.parse_safetensors_file_metadata(repo_id, path, revision=at.revision)
+        except SafetensorsParsingError as error:
+            raise PackFormatError(f"{at.name}: {path} is no valid safetensors file: {error}") from error
+    tensors = {name: {"dtype": tensor.dtype, "shape": list(tensor.shape)} for name, tensor in header.tensors.items()}
+    return tensors, getattr(entries[0], "size", 0)
+
+
+def check_base_of(config: Mapping[str, Any], at: Snapshot) -> None:
+    """A pack from the Hub may name a base on the Hub only, and that at a commit for good.
+
+    Args:
+        config: `base_model_name_or_path` and `base_model_revision` of the pack.
+
+    Raises:
+        PackSecurityError: it names something else.
+    """
+    if at.repo_id is None:
+        return
+    name, revision = config["base_model_name_or_path"], config["base_model_revision"]
+    if name is not None and not is_repo_id(name):
+        raise PackSecurityError(
+            f"{at.name} names the base {name!r:.200}, which is no id of a repo on the Hub. If you trust the pack, download it "
+            "and load the folder; if it is yours, push it with push_to_hub, which leaves local paths out"
+        )
+    if revision is not None and not is_full_sha(revision):
+        raise PackSecurityError(f"{at.name} names the base's revision {revision!r:.200}, which is no full sha of a commit")
 
 
 def _add_tags(path: Path, tags: Sequence[str]) -> None:

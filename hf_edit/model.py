@@ -19,19 +19,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .answers import greedy, says, target_probabilities
 from .base import Base
 from .card import card
-from .errors import BaseMismatchError, ConflictingEditsError, HubError, MergeError, PackSecurityError
+from .errors import BaseMismatchError, ConflictingEditsError, HubError, MergeError, PackFormatError, PackSecurityError
 from .facts import Fact, read_facts, resolve_conflicts
 from .health import COLLAPSE, Health
-from .hub import PushToHub, Snapshot, fetch
+from .hub import PushToHub, Snapshot, check_base_of, fetch
 from .methods import EditConfig, get_method
 from .methods.base import Attachment
-from .pack import HUB_FILES, EditPack, check_name, describe_base, packs_in, versions
+from .pack import CONFIG_FILE, HUB_FILES, EditPack, check_name, describe_base, versions
 from .report import EditReport, EvalReport, FactResult
 
 if TYPE_CHECKING:
     from .evaluation import CleanAnswers
 
-__all__ = ["EditableModelForCausalLM"]
+__all__ = ["EditableModelForCausalLM", "packs_in"]
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,9 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             "local_files_only": local_files_only,
         }
         at = fetch(model_or_pack_id, (*HUB_FILES, "config.json"), revision=revision, **hub)
-        packs = packs_in(at, pack_name)
+        packs = packs_in(at.folder, pack_name)
+        for pack in packs.values():
+            check_base_of(pack.base, at)
         if not packs:
             if base_model is not None:
                 raise FileNotFoundError(f"{at.name} holds no edit pack, so there is nothing to put on base_model")
@@ -628,6 +630,26 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         name = self._origin["base_model_name_or_path"] or type(self.base_model).__name__
         packs = ", ".join(f"{n}: {self._packs[n].method}, {len(self._packs[n].facts)} facts" for n in self._active)
         return f"EditableModelForCausalLM({name!r}, edits in force: {packs or 'none'})"
+
+
+def packs_in(folder: Path, pack_name: str = "default") -> dict[str, EditPack]:
+    """The packs in a local folder: its own and those of its subfolders; none where it holds no pack."""
+    if not folder.is_dir():
+        return {}
+    packs = {}
+    if (folder / CONFIG_FILE).exists():
+        packs[pack_name] = EditPack.from_pretrained(folder)
+    elif (folder / "edits.safetensors").exists():
+        raise PackFormatError(f"{folder} has no {CONFIG_FILE}: the pack is incomplete, save or download it again")
+    if not packs and (folder / "config.json").exists():
+        return {}  # a model; packs that happen to lie below it were not asked for
+    for child in sorted(p for p in folder.iterdir() if (p / CONFIG_FILE).exists()):
+        if child.name in packs:
+            raise ConflictingEditsError(
+                f"{folder} has a pack {child.name!r} of its own; pass another pack_name for the main one"
+            )
+        packs[child.name] = EditPack.from_pretrained(child)
+    return packs
 
 
 def _check_model(at: Snapshot, base_model_kwargs: Mapping[str, Any]) -> None:

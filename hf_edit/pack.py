@@ -12,24 +12,23 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ._version import __version__
 from .base import Base
-from .cache import atomic_path
+from .cache import atomic_path, sort_header
 from .card import card
-from .errors import BaseMismatchError, ConflictingEditsError, HubError, PackFormatError, PackSecurityError
+from .errors import BaseMismatchError, HubError, PackFormatError
 from .facts import Fact
-from .hub import PushToHub, Snapshot, api, explained, fetch, is_full_sha, is_repo_id
+from .hub import PushToHub, Snapshot, check_base_of, fetch, is_repo_id, safetensors_header
 from .methods import EditConfig, Fit, get_method
 
-__all__ = ["CONFIG_FILE", "EditPack", "check_name", "packs_in"]
+__all__ = ["CONFIG_FILE", "EditPack", "check_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +197,7 @@ class EditPack(PushToHub):
                 tensors_path,
                 {"format": "pt", "hf_edit_format": str(FORMAT_VERSION)},
             )
+            sort_header(tensors_path)
             facts_path.write_text(facts, encoding="utf-8", newline="\n")
             text = readme or card({"default": self}, folder.resolve().name)
             card_path.write_text(text, encoding="utf-8", newline="\n")
@@ -261,22 +261,22 @@ class EditPack(PushToHub):
             HubError: the repo is missing, gated, or out of reach.
             PackFormatError: it is damaged, or of a format that this version does not read.
         """
-        config_file = _below(PurePosixPath(), pack_name) / CONFIG_FILE
         at = fetch(
             pack_or_id,
-            [str(config_file)],
+            [_in_repo(pack_name, CONFIG_FILE)],
             revision=revision,
             cache_dir=cache_dir,
             token=token,
             force_download=force_download,
             local_files_only=local_files_only,
         )
-        folder = _below(at.folder, pack_name)
         _check_there(at, pack_name)
+        folder = _below(at.folder, pack_name)
         config = _read_config(folder)
+        origin = {} if at.repo_id is None else {"repo_id": at.repo_id, "revision": at.revision}
         if at.repo_id is not None and not (folder / TENSORS_FILE).exists():
-            header = _remote_header(at, str(config_file.parent / TENSORS_FILE), token)
-            return {**config, **header, "repo_id": at.repo_id, "revision": at.revision}
+            tensors, size = safetensors_header(at, _in_repo(pack_name, TENSORS_FILE), token)
+            return {**config, "tensors": tensors, "bytes": size, **origin}
         path = _file(folder, TENSORS_FILE)
         try:
             with safe_open(path, "pt") as file:
@@ -285,7 +285,6 @@ class EditPack(PushToHub):
                 tensors = {n: {"dtype": s.get_dtype(), "shape": list(s.get_shape())} for n, s in slices.items()}
         except SafetensorError as error:
             raise PackFormatError(f"{path} is no valid safetensors file: {error}") from error
-        origin = {} if at.repo_id is None else {"repo_id": at.repo_id, "revision": at.revision}
         return {**config, "tensors": tensors, "bytes": path.stat().st_size, **origin}
 
     @classmethod
@@ -316,7 +315,7 @@ class EditPack(PushToHub):
         """
         at = fetch(
             pack_or_id,
-            [str(_below(PurePosixPath(), pack_name) / name) for name in _READ],
+            [_in_repo(pack_name, name) for name in _READ],
             revision=revision,
             cache_dir=cache_dir,
             token=token,
@@ -324,14 +323,9 @@ class EditPack(PushToHub):
             local_files_only=local_files_only,
         )
         _check_there(at, pack_name)
-        return cls._read(at, _below(at.folder, pack_name))
-
-    @classmethod
-    def _read(cls, at: Snapshot, folder: Path) -> EditPack:
-        """The pack in a folder of a snapshot."""
+        folder = _below(at.folder, pack_name)
         config = _read_config(folder)
-        if at.repo_id is not None:
-            _check_hub_base(config, at)
+        check_base_of(config, at)
         facts = _read_facts(_file(folder, FACTS_FILE), config)
         tensors = _read_tensors(_file(folder, TENSORS_FILE), config)
         try:
@@ -345,39 +339,15 @@ class EditPack(PushToHub):
         return cls(config["method"], settings, fit, base, config["seed"], config["versions"], config["parent"])
 
 
-def packs_in(at: Snapshot, pack_name: str = "default") -> dict[str, EditPack]:
-    """The packs in a folder: its own and those of its subfolders, by name; none where it holds a model or nothing.
-
-    Args:
-        pack_name: the name for the folder's own.
-
-    Raises:
-        ConflictingEditsError: a subfolder has that name too.
-        PackFormatError: a pack is damaged or incomplete.
-        PackSecurityError: as for `EditPack.from_pretrained`.
-    """
-    folder = at.folder
-    packs = {}
-    if (folder / CONFIG_FILE).exists():
-        packs[pack_name] = EditPack._read(at, folder)
-    elif (folder / TENSORS_FILE).exists():
-        raise PackFormatError(f"{folder} has no {CONFIG_FILE}: the pack is incomplete, save or download it again")
-    if not packs and (folder / "config.json").exists():
-        return {}  # a model; packs that happen to lie below it were not asked for
-    children = folder.iterdir() if folder.is_dir() else ()  # of a repo without any such file there is no folder
-    for child in sorted(p for p in children if (p / CONFIG_FILE).exists()):
-        if child.name in packs:
-            raise ConflictingEditsError(
-                f"{folder} has a pack {child.name!r} of its own; pass another pack_name for the main one"
-            )
-        packs[child.name] = EditPack._read(at, child)
-    return packs
-
-
-def _below(folder: Any, pack_name: str) -> Any:
+def _below(folder: Path, pack_name: str) -> Path:
     """Where a pack of this name lies in a folder of packs."""
     check_name(pack_name)
     return folder if pack_name == "default" else folder / pack_name
+
+
+def _in_repo(pack_name: str, file: str) -> str:
+    """A file's path in a repo of packs."""
+    return file if pack_name == "default" else f"{pack_name}/{file}"
 
 
 def _check_there(at: Snapshot, pack_name: str) -> None:
@@ -386,36 +356,9 @@ def _check_there(at: Snapshot, pack_name: str) -> None:
         return
     missing = f"{at.name} holds no edit pack" + ("" if pack_name == "default" else f" {pack_name!r}")
     if at.repo_id is not None:
-        raise HubError(f"{missing}: there is no {_below(PurePosixPath(), pack_name) / CONFIG_FILE}")
+        raise HubError(f"{missing}: there is no {_in_repo(pack_name, CONFIG_FILE)}")
     named = sorted(p.name for p in at.folder.iterdir() if (p / CONFIG_FILE).exists())
     raise FileNotFoundError(f"{missing}; there are: {', '.join(named) or 'none'}")
-
-
-def _check_hub_base(config: Mapping[str, Any], at: Snapshot) -> None:
-    """A pack from the Hub may name a Hub base only, and that at a commit for good."""
-    name, revision = config["base_model_name_or_path"], config["base_model_revision"]
-    if name is not None and not is_repo_id(name):
-        raise PackSecurityError(
-            f"{at.name} names the base {name!r:.200}, which is no id of a repo on the Hub. If you trust the pack, download it "
-            "and load the folder; if it is yours, push it with push_to_hub, which leaves local paths out"
-        )
-    if revision is not None and not is_full_sha(revision):
-        raise PackSecurityError(f"{at.name} names the base's revision {revision!r:.200}, which is no full sha of a commit")
-
-
-def _remote_header(at: Snapshot, path: str, token: str | bool | None) -> dict[str, Any]:
-    """Tensors' names, types and shapes from the header of a file on the Hub, and the file's size."""
-    client = api(token)
-    with explained(str(at.repo_id), at.revision):
-        entries = client.get_paths_info(str(at.repo_id), path, revision=at.revision)
-        if not entries:
-            raise PackFormatError(f"{at.name} has no {path}: the pack is incomplete")
-        try:
-            header = client.parse_safetensors_file_metadata(str(at.repo_id), path, revision=at.revision)
-        except SafetensorsParsingError as error:
-            raise PackFormatError(f"{at.name}: {path} is no valid safetensors file: {error}") from error
-    tensors = {n: {"dtype": t.dtype, "shape": list(t.shape)} for n, t in list(header.tensors.items())[:_MAX_TENSORS]}
-    return {"tensors": tensors, "bytes": getattr(entries[0], "size", 0)}
 
 
 _BASE_KEYS = (

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from ._version import __version__
 from .base import Base
-from .cache import atomic_path, cache_folder
+from .cache import atomic_path, cache_folder, sort_header
 from .errors import BaseMismatchError, HubError, PackFormatError
 from .hub import PushToHub, fetch
 from .layout import weight_shape
@@ -52,8 +52,8 @@ tags:
 
 # Key statistics
 
-Second moments of MLP keys, which weight edits with [hf_edit](https://pypi.org/project/hf-edit/) must not disturb. They belong to
-the one model with the fingerprint `{fingerprint}`, and are refused for any other.
+Second moments of MLP keys, which weight edits with [hf_edit](https://pypi.org/project/hf-edit/) must not disturb. They belong
+to the one model with the fingerprint `{fingerprint}`, and are refused for any other.
 
 ```python
 model.edit(facts, statistics="{repo_id}")
@@ -205,6 +205,7 @@ class KeyStatistics(PushToHub):
         with atomic_path(folder / _CONFIG_FILE) as config_path, atomic_path(folder / _TENSORS_FILE) as tensors_path:
             tensors = {name: folded(m.total) for name, m in self.moments.items()}
             save_file(tensors, tensors_path, {"format": "pt", "modules": json.dumps(modules, sort_keys=True)})
+            sort_header(tensors_path)
             config_path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
         if push_to_hub:
             self.push_to_hub(repo_id or folder.resolve().name, **hub_kwargs)
@@ -291,7 +292,8 @@ def open_statistics(
     """The statistics that a method works with.
 
     Args:
-        given: `KeyStatistics`, the folder or the repo of saved ones, or None for those of the model's own text (`cached_statistics`).
+        given: `KeyStatistics`, the folder or the repo of saved ones, or None for those of the model's own text
+            (`cached_statistics`).
 
     Raises:
         BaseMismatchError: the given ones belong to another model.

@@ -14,9 +14,10 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
@@ -168,6 +169,7 @@ class HubServer:
         for server in (self._hub, self._storage):
             server.shutdown()
             server.server_close()
+            server.hang_up()
 
     def token(self, user: str) -> str:
         """A token with which the client is this user."""
@@ -235,10 +237,28 @@ class HubServer:
         return repo
 
 
-def _serve(handler: type[BaseHTTPRequestHandler], hub: HubServer) -> ThreadingHTTPServer:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    server.hub = hub  # type: ignore[attr-defined]
+class _Server(ThreadingHTTPServer):
+    """A server whose connections end with it, also those that a client keeps open."""
+
+    daemon_threads = True
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler], hub: HubServer) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+        self.hub = hub
+        self._connections: list[socket.socket] = []
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.append(request)
+        super().process_request(request, client_address)
+
+    def hang_up(self) -> None:
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def _serve(handler: type[BaseHTTPRequestHandler], hub: HubServer) -> _Server:
+    server = _Server(handler, hub)
     # a short poll, so that a stop is not waited for
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     return server

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import FACTS, tiny_model
+from hub_server import HubServer, pointed_at
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_edit import EditableModelForCausalLM, EditPack
 from hf_edit.cli import main
 
 
@@ -72,8 +77,150 @@ def test_methods_are_listed_with_their_settings(capsys):
     assert "epochs" in found["lks"]
 
 
+QUICK = ["--set", "statistics_tokens=512", "--set", "contexts=0", "--set", "steps=3", "--set", "anchor_weight=0"]
+
+
+@pytest.fixture
+def pack(base, tmp_path, capsys):
+    """The folder of a pack of two facts, made by the command line."""
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text("".join(json.dumps(f.to_dict()) + "\n" for f in FACTS[:2]))
+    assert _run("edit", base, facts, "--output", tmp_path / "pack", *QUICK) == 0
+    capsys.readouterr()
+    return tmp_path / "pack"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with HubServer() as server, pointed_at(server, tmp_path / "cache", monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", server.token("me"))
+        yield server
+
+
+def test_a_merged_pack_is_a_plain_model_that_answers_as_the_edited_one(pack, tmp_path, capsys):
+    assert _run("merge", pack, "--output", tmp_path / "plain", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"output": str(tmp_path / "plain")}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    edited = EditableModelForCausalLM.from_pretrained(pack)
+    ids = torch.tensor([edited.tokenizer(FACTS[0].question)["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, edited(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain").get_vocab() == edited.tokenizer.get_vocab()
+    assert _run("merge", tmp_path / "base", "--output", tmp_path / "again") == 1
+    assert "nothing to merge" in capsys.readouterr().err
+
+
+def test_an_adapter_is_what_the_pack_exports(pack, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(EditPack, "export_peft", lambda self, folder: folder.mkdir(), raising=False)
+    assert _run("export-peft", pack, "--output", tmp_path / "adapter") == 0
+    assert str(tmp_path / "adapter") in capsys.readouterr().out
+    assert (tmp_path / "adapter").is_dir()
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_pack_is_pushed_with_its_card_and_inspected_on_the_hub(pack, hub, capsys):
+    card = (pack / "README.md").read_text()
+    (pack / "README.md").write_text(card + "\nA word of mine.\n")
+    arguments = ["--private", "--message", "Two facts", "--description", "For a test.", "--tag", "mine", "--json"]
+    assert _run("push", pack, "me/lyon", *arguments) == 0
+    pushed = json.loads(capsys.readouterr().out)
+    commit = hub.repos["me/lyon"].at("main")
+    assert (pushed["repo_id"], pushed["commit"]) == ("me/lyon", commit.sha)
+    assert (commit.title, commit.description) == ("Two facts", "For a test.")
+    shared = commit.files["README.md"].content.decode()
+    assert "A word of mine." in shared
+    assert "- mine\n" in shared
+    assert 'from_pretrained("me/lyon")' in shared
+    assert hub.repos["me/lyon"].private
+    assert _run("inspect", "me/lyon", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["revision"] == commit.sha
+    assert _run("inspect", "me/lyon", "--revision", "v9") == 1
+    assert "no revision 'v9'" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_pushing_to_others_and_from_nowhere_is_told(pack, hub, tmp_path, capsys):
+    hub.add("you/lyon", {"README.md": b"yours"})
+    assert _run("push", pack, "you/lyon") == 1
+    assert "create_pr=True" in capsys.readouterr().err
+    assert _run("push", pack, "you/lyon", "--create-pr") == 0
+    assert capsys.readouterr().out.strip() == f"{hub.endpoint}/you/lyon/discussions/1"
+    for folder in (tmp_path / "nothing", tmp_path / "base"):
+        assert _run("push", folder, "me/lyon") == 1
+        assert str(folder) in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_written_is_told_before_the_work(pack, tmp_path, capsys):
+    facts = tmp_path / "facts.jsonl"
+    for command in (["edit", tmp_path / "no-model", facts], ["merge", tmp_path / "no-pack"], ["export-peft", tmp_path / "no"]):
+        assert _run(*command, "--output", facts) == 1
+        assert "is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_a_traceback_is_shown_on_demand_only(how, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_EDIT_DEBUG", "1" if how == "variable" else "0")
+    debug = ["--debug"] if how == "option" else []
+    assert _run("inspect", tmp_path / "nothing", *debug) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.splitlines()[-1].startswith("hf-edit: there is no folder")
+
+
+def test_wrong_arguments_exit_with_two(capsys):
+    for arguments in ([], ["nonsense"], ["ask"], ["edit", "a", "b"]):
+        with pytest.raises(SystemExit) as exited:
+            _run(*arguments)
+        assert exited.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", "edit", "ask", "evaluate", "inspect", "merge", "push", "export-peft", "methods"])
+def test_every_command_has_its_help(command, capsys):
+    with pytest.raises(SystemExit) as exited:
+        _run(*command.split(), "--help")
+    assert exited.value.code == 0
+    assert "--json" in capsys.readouterr().out or not command
+
+
+def test_a_reader_who_leaves_early_gets_no_traceback():
+    code = "import sys, hf_edit.cli; sys.exit(hf_edit.cli.main(['methods']))"
+    run = subprocess.run(f'"{sys.executable}" -c "{code}" | head -n 1', shell=True, capture_output=True, text=True)
+    assert run.stdout
+    assert run.stderr == ""
+
+
+def test_it_is_an_extension_of_the_hubs_command_line(tmp_path):
+    folder = tmp_path / ".local/share/hf/extensions/hf-edit"
+    folder.mkdir(parents=True)
+    executable = folder / "hf-edit"
+    executable.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m hf_edit "$@"\n')
+    executable.chmod(0o755)
+    manifest = {"owner": "someone", "repo": "hf-edit", "repo_id": "someone/hf-edit", "short_name": "edit", "type": "python"}
+    manifest |= {"executable_path": str(executable), "installed_at": "2026-01-01T00:00:00+00:00"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    environment = {**os.environ, "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+    hf = [sys.executable, "-m", "huggingface_hub.cli.hf", "edit"]
+    helped = subprocess.run([*hf, "--help"], env=environment, capture_output=True, text=True)
+    assert helped.returncode == 0, helped.stderr
+    assert "export-peft" in helped.stdout
+    failed = subprocess.run([*hf, "push", "nothing", "me/x"], env=environment, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr.endswith("hf-edit: there is no folder nothing\n")
+
+
+def test_help_takes_less_than_half_a_second():
+    resource = pytest.importorskip("resource")
+    command = [sys.executable, "-m", "hf_edit", "--help"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5  # of a processor, however busy it is
+
+
 def test_help_does_not_wait_for_torch():
     code = (
-        "import sys, hf_edit.cli\ntry: hf_edit.cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+        "import sys, hf_edit.cli\ntry: hf_edit.cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

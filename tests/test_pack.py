@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import FACTS, QUICK_LKS, QUICK_STEAM, same, snapshot, tiny_model
 
-from hf_edit import BaseMismatchError, ConflictingEditsError, EditableModelForCausalLM, EditPack, HfEditError, PackFormatError
+from hf_edit import BaseMismatchError, ConflictingEditsError, EditableModelForCausalLM, EditPack, PackFormatError
 
 FILES = {"README.md", "edit_config.json", "edits.safetensors", "facts.jsonl"}
 
@@ -211,11 +211,6 @@ def test_saving_over_a_pack_replaces_it(saved):
 def test_nothing_to_save_is_an_error(llama, tmp_path):
     with pytest.raises(ValueError, match="edit"):
         llama.save_pretrained(tmp_path / "pack")
-
-
-def test_base_weights_are_never_pushed(llama):
-    with pytest.raises(HfEditError, match="save_pretrained"):
-        llama.push_to_hub("me/model")
 
 
 def test_a_model_folder_with_a_pack_below_it_is_a_model(saved):
