@@ -144,7 +144,7 @@ def fetch(
     """
     if force_download and local_files_only:
         raise ValueError("force_download and local_files_only contradict each other; give one of them")
-    if isinstance(name, os.PathLike) or os.path.isdir(name) or not is_repo_id(name):
+    if isinstance(name, os.PathLike) or os.path.exists(name) or not is_repo_id(name):
         if not os.path.isdir(name):
             raise FileNotFoundError(f"there is no folder {os.fspath(name)}" + ("" if is_repo_id(str(name)) else _NO_ID))
         return Snapshot(Path(name))

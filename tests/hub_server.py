@@ -4,8 +4,8 @@
         HfApi(endpoint=hub.endpoint, token=hub.token("me")).create_repo("me/lyon")
 
 Two servers, as in the real one: the Hub itself, and the storage that large files are uploaded to and that it redirects
-downloads to, which sees no token. Repos have commits, branches, tags and pull requests; they can be private or gated.
-Everything that was asked is in `hub.requests`.
+downloads to, which sees no token; it speaks the LFS protocol and Xet. Repos have commits, branches, tags and pull requests;
+they can be private or gated. Everything that was asked is in `hub.requests`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from xet_storage import XetStorage
 
 _REPO = r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)"
 _REGULAR_BYTES = 10 << 20  # files beyond this, and safetensors of any size, go to the storage
@@ -147,6 +149,7 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
+        self.xet = XetStorage()
         self.requests: list[Request] = []
         self.on_request: Callable[[Request], None] | None = None
         self.part_bytes = 64 << 20
@@ -344,6 +347,11 @@ class _StorageHandler(_Handler):
         ("HEAD", r"/objects/(?P<oid>\w+)", "download"),
         ("PUT", r"/objects/(?P<oid>\w+)", "upload"),
         ("PUT", r"/parts/(?P<oid>\w+)/(?P<number>\d+)", "upload_part"),
+        ("GET", r"/v1/chunks/.*", "known_chunk"),
+        ("POST", r"/v1/xorbs/default/(?P<name>\w+)", "upload_xorb"),
+        ("POST", r"/v1/shards", "upload_shard"),
+        ("GET", r"/v1/reconstructions/(?P<name>\w+)", "reconstruction"),
+        ("GET", r"/xorbs/(?P<name>\w+)", "download_xorb"),
     ]
 
     def download(self, oid: str) -> None:
@@ -360,6 +368,38 @@ class _StorageHandler(_Handler):
     def upload_part(self, oid: str, number: str) -> None:
         self.hub.parts.setdefault(oid, {})[int(number)] = self.body
         self._send(b"", ETag=f'"{hashlib.md5(self.body).hexdigest()}"')
+
+    # --- Xet ----------------------------------------------------------------------------------------------------------
+
+    def known_chunk(self) -> None:
+        raise RefusedError(404, None, "Not tracked")
+
+    def upload_xorb(self, name: str) -> None:
+        self.hub.xet.xorbs[name] = self.body
+        self._json({"was_inserted": True})
+
+    def upload_shard(self) -> None:
+        for oid in self.hub.xet.add_shard(self.body):
+            content = self.hub.xet.content(self.hub.xet.hash_of[oid])
+            if hashlib.sha256(content).hexdigest() != oid:
+                raise RefusedError(400, None, "The content does not match its checksum")
+            self.hub.objects[oid] = content
+        self._json({"result": 1})
+
+    def reconstruction(self, name: str) -> None:
+        if name not in self.hub.xet.files:
+            raise RefusedError(404, None, "Not found")
+        terms = self.hub.xet.files[name]
+        fetch: dict[str, list[dict[str, Any]]] = {}
+        for term in terms:
+            first, last = self.hub.xet.byte_range(term)
+            at = {"range": {"start": term.start, "end": term.end}, "url_range": {"start": first, "end": last}}
+            fetch.setdefault(term.xorb, []).append({**at, "url": f"{self.hub.storage}/xorbs/{term.xorb}"})
+        listed = [{"hash": t.xorb, "unpacked_length": t.unpacked, "range": {"start": t.start, "end": t.end}} for t in terms]
+        self._json({"offset_into_first_range": 0, "terms": listed, "fetch_info": fetch})
+
+    def download_xorb(self, name: str) -> None:
+        self._send(self.hub.xet.xorbs[name], **{"Accept-Ranges": "bytes"})
 
 
 class _HubHandler(_Handler):
@@ -380,6 +420,7 @@ class _HubHandler(_Handler):
         ("GET", rf"{_API}/tree/(?P<revision>[^/]+)", "tree"),
         ("GET", rf"{_API}/commits/(?P<revision>[^/]+)", "history"),
         ("GET", rf"{_API}/refs", "refs"),
+        ("GET", rf"{_API}/xet-(?P<scope>read|write)-token/(?P<revision>[^/]+)", "xet_token"),
         ("GET", rf"{_API}/revision/(?P<revision>[^/]+)", "info"),
         ("GET", _API, "info"),
         ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
@@ -493,14 +534,15 @@ class _HubHandler(_Handler):
         paths = parse_qs(self.body.decode()).get("paths", [])
         self._json([self._entry(commit, path) for path in paths if path in commit.files])
 
-    @staticmethod
-    def _entry(commit: Commit, path: str) -> dict[str, Any]:
+    def _entry(self, commit: Commit, path: str) -> dict[str, Any]:
         blob = commit.files.get(path)
         if blob is None:
             return {"type": "directory", "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0, "path": path}
         entry = {"type": "file", "oid": blob.oid, "size": len(blob.content), "path": path}
         if blob.lfs:
             entry["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": len(blob.pointer)}
+            if blob.sha256 in self.hub.xet.hash_of:
+                entry["xetHash"] = self.hub.xet.hash_of[blob.sha256]
         return entry
 
     # --- files --------------------------------------------------------------------------------------------------------
@@ -514,10 +556,22 @@ class _HubHandler(_Handler):
         blob = commit.files[path]
         size = str(len(blob.content))
         seen |= {"X-Linked-Size": size, "X-Linked-Etag": f'"{blob.etag}"', "ETag": f'"{blob.etag}"', "Accept-Ranges": "bytes"}
+        if blob.lfs and blob.sha256 in self.hub.xet.hash_of:
+            seen["X-Xet-Hash"] = self.hub.xet.hash_of[blob.sha256]
+            seen["Link"] = f'<{self.hub.endpoint}/api/models/{repo}/xet-read-token/{commit.sha}>; rel="xet-auth"'
         if blob.lfs:
             self._send(b"", 302, **seen, Location=f"{self.hub.storage}/objects/{blob.sha256}")
         else:
             self._send(b"", 307, **seen, Location=f"/api/resolve-cache/models/{repo}/{commit.sha}/{path}")
+
+    def xet_token(self, repo: str, scope: str, revision: str) -> None:
+        if scope == "write":
+            self.hub.writable(repo, self.user, pull_request="create_pr" in self.query)
+        else:
+            self.hub.readable(repo, self.user, files=True)
+        token, expires = hashlib.sha256(f"{scope} {repo}".encode()).hexdigest(), int(time.time()) + 900
+        headers = {"X-Xet-Cas-Url": self.hub.storage, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expires)}
+        self._json({"casUrl": self.hub.storage, "accessToken": token, "exp": expires}, **headers)
 
     def content(self, repo: str, sha: str, path: str) -> None:
         blob = self.hub.readable(repo, self.user, files=True).at(sha).files[path]
@@ -637,13 +691,14 @@ def check_card(text: str) -> tuple[list[str], list[str]]:
 
 
 @contextmanager
-def pointed_at(hub: HubServer, cache: Any, monkeypatch: Any) -> Iterator[None]:
-    """The client in this process talks to a server, with a cache of its own and no token."""
+def pointed_at(hub: HubServer, cache: Any, monkeypatch: Any, *, xet: bool = False) -> Iterator[None]:
+    """The client in this process talks to a server, with a cache of its own and no token; large files go by the LFS protocol
+    or by Xet."""
     import transformers.utils.hub
     from huggingface_hub import constants, hf_api
 
     with monkeypatch.context() as patch:
-        for name, value in client_settings(hub, cache).items():
+        for name, value in client_settings(hub, cache, xet=xet).items():
             patch.setattr(constants, name, value)
         patch.setattr(hf_api.api, "endpoint", hub.endpoint)
         patch.setattr(transformers.utils.hub, "_hf_api", None)
@@ -652,7 +707,7 @@ def pointed_at(hub: HubServer, cache: Any, monkeypatch: Any) -> Iterator[None]:
         yield
 
 
-def client_settings(hub: HubServer, cache: Any) -> dict[str, Any]:
+def client_settings(hub: HubServer, cache: Any, *, xet: bool) -> dict[str, Any]:
     """Constants that the client reads from the environment when it is imported."""
     return {
         "ENDPOINT": hub.endpoint,
@@ -661,5 +716,5 @@ def client_settings(hub: HubServer, cache: Any) -> dict[str, Any]:
         "HF_HUB_CACHE": str(cache),
         "HF_TOKEN_PATH": str(cache / "token"),
         "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,  # large files go by the LFS protocol, which this server speaks
+        "HF_HUB_DISABLE_XET": not xet,
     }

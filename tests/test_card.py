@@ -26,7 +26,7 @@ HOSTILE = [
     "&lt;b&gt; &#60;i&#62;",
     "*bold* _em_ ~~gone~~ $x$ :tada:",
     "\u202egnp.exe\u202c",
-    "null\x00 bell\x07 esc\x1b[31m",
+    "line\u2028separators\u2029and\u00a0\u200bspaces",
     "''' \"\"\" \\ \\n",
     "|" * 300,
 ]

@@ -468,23 +468,64 @@ def test_inspecting_a_repo_downloads_no_tensor(hub, edited):
     assert EditPack.inspect("me/lyon", local_files_only=True) == found
 
 
-# --- fresh processes ----------------------------------------------------------------------------------------------------
+# --- a demonstration, as users have it: fresh processes, the client's own settings, large files by Xet --------------------
 
 
-def test_a_fresh_process_loads_by_id_and_by_sha(hub, edited, tmp_path):
-    pack, logits = edited
-    sha = pack.push_to_hub("me/lyon").oid
-    pack.remove([str(FACTS[1].id)]).push_to_hub("me/lyon")
-    code = (
-        "import sys, torch\n"
-        "from hf_edit import EditableModelForCausalLM as Model\n"
-        "latest, first = Model.from_pretrained('me/lyon'), Model.from_pretrained('me/lyon', revision=sys.argv[1])\n"
-        f"ids = torch.tensor([first.tokenizer({FACTS[0].question!r})['input_ids']])\n"
-        f"torch.save(first(input_ids=ids).logits.detach(), {str(tmp_path / 'logits.pt')!r})\n"
-        "print(len(latest.list_edits()), len(first.list_edits()), first.ask('The capital of France is'))\n"
-    )
-    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run([sys.executable, "-c", code, sha], env=environment, capture_output=True, text=True)
+def _in_a_fresh_process(code, hub, home, *arguments):
+    """What a process prints that knows of nothing but the Hub's address and a token."""
+    variables = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token("me"), "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("1 2 ")
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits, atol=1e-6, rtol=1e-6)
+    assert hub.token("me") not in done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", "["))]
+
+
+_EDIT_AND_PUSH = """
+import json, sys
+from hf_edit import EditableModelForCausalLM, read_facts
+base, facts, settings = sys.argv[1:]
+model = EditableModelForCausalLM.from_pretrained(base)
+facts = read_facts(facts)
+shas = []
+for end in (1, 2):
+    model.edit(facts[end - 1], "memit", progress=False, verify=False, **json.loads(settings))
+    shas.append(model.push_to_hub("me/lyon").oid)
+print(json.dumps({"shas": shas, "after": model.ask(facts[0].question)}))
+"""
+_LOAD_AND_ASK = """
+import json, sys
+from hf_edit import EditableModelForCausalLM
+sha, prompt, plain = sys.argv[1:]
+for revision in (None, sha):
+    model = EditableModelForCausalLM.from_pretrained("me/lyon", revision=revision)
+    print(json.dumps({"facts": len(model.list_edits()), "answer": model.ask(prompt)}))
+model = EditableModelForCausalLM.from_pretrained("me/lyon", local_files_only=True)
+model.merge_and_unload().save_pretrained(plain)
+model.tokenizer.save_pretrained(plain)
+"""
+_LOAD_PLAIN = """
+import json, sys
+sys.modules["hf_edit"] = None  # it can't be imported
+from transformers import AutoModelForCausalLM, AutoTokenizer
+plain, prompt = sys.argv[1:]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(plain), AutoTokenizer.from_pretrained(plain)
+inputs = tokenizer(prompt, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+print(json.dumps([tokenizer.decode(output, skip_special_tokens=True)]))
+"""
+
+
+def test_edit_push_load_by_id_and_by_sha_ask_and_merge_each_in_a_fresh_process(hub, tmp_path):
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact.to_dict()) + "\n" for fact in FACTS[:2]))
+    settings = json.dumps({**QUICK_STEAM, "steps": 10})
+    prompt = FACTS[0].question
+    (made,) = _in_a_fresh_process(_EDIT_AND_PUSH, hub, tmp_path / "a", BASE, tmp_path / "facts.jsonl", settings)
+    assert len(hub.xet.files) == 2
+    assert not hub.asked("storage PUT")
+    latest, first = _in_a_fresh_process(_LOAD_AND_ASK, hub, tmp_path / "b", made["shas"][0], prompt, tmp_path / "plain")
+    assert (latest["facts"], first["facts"]) == (2, 1)
+    assert latest["answer"] == made["after"]
+    assert hub.asked("storage GET /xorbs/")
+    assert not any(hub.token("me") in str(request.headers) for request in hub.asked("^storage"))
+    assert _in_a_fresh_process(_LOAD_PLAIN, hub, tmp_path / "c", tmp_path / "plain", prompt) == [made["after"]]
