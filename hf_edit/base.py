@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 
 from .layout import Layout, find_layout
 
@@ -51,8 +52,17 @@ class Base:
         self.__dict__.pop("fingerprint", None)
 
     def fingerprint_of(self, modules: Sequence[str]) -> str:
-        """Hash of a strided sample of some modules' parameters, as they are now."""
-        return fingerprint({f"{m}.{n}": p for m in modules for n, p in self.model.get_submodule(m).named_parameters()})
+        """Hashes of a strided sample of each of some modules' parameters, as they are now; offloaded ones are fetched.
+
+        Raises:
+            AttributeError: the model has no such module.
+        """
+        found = []
+        for name in modules:
+            module = self.model.get_submodule(name)
+            with align_module_device(module):
+                found.append(fingerprint({f"{name}.{n}": p for n, p in module.named_parameters()})[:16])
+        return "-".join(found)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:

@@ -16,8 +16,9 @@ from typing import Any
 
 from .errors import ConflictingEditsError, SubjectNotFoundError
 
-__all__ = ["Fact", "Question", "fold", "read_facts", "resolve_conflicts"]
+__all__ = ["Fact", "Question", "fold", "read_facts", "resolve_conflicts", "superseded", "visible"]
 
+_MAX_NAME = 1000
 _HINT = "Write the prompt with one {} where the subject stands, or with the subject in plain text."
 
 
@@ -66,7 +67,8 @@ class Fact:
     Attributes:
         subject: the entity that the fact is about.
         prompt: a text that the target continues; one ``{}`` marks the subject. A prompt that holds the subject in plain
-            text is taken as well and stored with ``{}`` (at the last mention, which has seen the most context).
+            text is taken as well and stored with ``{}`` (at the last mention, which has seen the most context). All texts
+            are kept in the Unicode form NFC.
         target: the new continuation, without leading space.
         target_old: what the model said, or should have said, before.
         aliases: other names of the subject.
@@ -128,6 +130,13 @@ class Fact:
     def key(self) -> tuple[str, str]:
         """What two facts share when they answer the same question: subject and wording, whatever their case."""
         return fold(self.subject), fold(self.prompt)
+
+    @property
+    def keys(self) -> tuple[tuple[str, str], ...]:
+        """`key`, and those of the rephrases that mark the subject: all wordings of the relation that the fact knows."""
+        subject = fold(self.subject)
+        wordings = (self.prompt, *(r for r in self.rephrases if "{}" in r))
+        return tuple(dict.fromkeys((subject, fold(wording)) for wording in wordings))
 
     def _content(self) -> dict[str, Any]:
         content: dict[str, Any] = {"subject": self.subject, "prompt": self.prompt, "target": self.target}
@@ -236,7 +245,8 @@ def read_facts(facts: Any) -> list[Fact]:
 def resolve_conflicts(facts: Sequence[Fact], known: Sequence[Fact] = (), on_conflict: str = "error") -> list[Fact]:
     """The new facts to fit: repetitions dropped, contradictions settled.
 
-    Two facts contradict each other when they have the same `Fact.key` and other targets.
+    Two facts contradict each other when they are about the same subject, one's prompt is the other's or one of its rephrases
+    (see `Fact.keys`), and their targets differ.
 
     Args:
         facts: the new facts, in order.
@@ -250,22 +260,43 @@ def resolve_conflicts(facts: Sequence[Fact], known: Sequence[Fact] = (), on_conf
     if on_conflict not in ("error", "replace", "keep"):
         raise ValueError(f"on_conflict is 'error', 'replace' or 'keep', not {on_conflict!r}")
     kept: dict[tuple[str, str], Fact] = {}
-    in_force = {fact.key: fact for fact in known}
+    asked: dict[tuple[str, str], Fact] = {}
+    for fact in known:
+        asked.update(dict.fromkeys(fact.keys, fact))
     for fact in facts:
-        other = kept.get(fact.key) or in_force.get(fact.key)
-        if other is None:
-            kept[fact.key] = fact
-        elif fold(other.target) == fold(fact.target):
+        others = {other.key: other for key in fact.keys if (other := asked.get(key)) is not None}
+        clashing = [other for other in others.values() if _contradict(other, fact)]
+        if not clashing and fact.key in others and others[fact.key].key == fact.key:
             continue
-        elif on_conflict == "error":
+        if clashing and on_conflict == "error":
             raise ConflictingEditsError(
-                f"two targets for {fact.question!r}: {other.target!r} and {fact.target!r}. Drop one of them, or pass "
+                f"two targets for {fact.question!r}: {clashing[0].target!r} and {fact.target!r}. Drop one of them, or pass "
                 "on_conflict='replace' (the newest wins) or 'keep' (the oldest wins)."
             )
-        elif on_conflict == "replace":
-            kept.pop(fact.key, None)
-            kept[fact.key] = fact
+        if clashing and on_conflict == "keep":
+            continue
+        for other in clashing:
+            kept.pop(other.key, None)
+        kept.pop(fact.key, None)
+        kept[fact.key] = fact
+        asked.update(dict.fromkeys(fact.keys, fact))
     return list(kept.values())
+
+
+def superseded(known: Sequence[Fact], facts: Sequence[Fact]) -> list[Fact]:
+    """Those of the known facts that new ones take the place of: the same question, or a contradiction in other words."""
+    asked: dict[tuple[str, str], list[Fact]] = {}
+    for fact in facts:
+        for key in fact.keys:
+            asked.setdefault(key, []).append(fact)
+    return [
+        old for old in known if any(old.key == f.key or _contradict(old, f) for key in old.keys for f in asked.get(key, ()))
+    ]
+
+
+def _contradict(one: Fact, other: Fact) -> bool:
+    """Whether two facts that share a question answer it otherwise."""
+    return fold(one.target) != fold(other.target)
 
 
 def _read_file(path: Path) -> Iterable[Any]:
@@ -291,13 +322,20 @@ def _read_file(path: Path) -> Iterable[Any]:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text, not {type(value).__name__}: {value!r:.80}")
-    text = value.strip()
-    if not text:
+    text = unicodedata.normalize("NFC", value).strip()
+    if not visible(text):
         raise ValueError(f"{name} is empty")
-    control = next((c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t"), None)
+    control = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"), None)
     if control is not None:
         raise ValueError(f"{name} holds the control character {control!r}: {text!r:.80}")
+    if name in ("subject", "aliases") and len(text) > _MAX_NAME:
+        raise ValueError(f"{name} has {len(text)} characters, more than the {_MAX_NAME} of any name: {text!r:.80}")
     return text
+
+
+def visible(text: str) -> str:
+    """The characters that are seen: neither spaces nor marks of direction, nor what has no width."""
+    return "".join(c for c in text if not c.isspace() and unicodedata.category(c) != "Cf")
 
 
 def _several(value: Any, name: str) -> tuple[Any, ...]:
@@ -377,7 +415,7 @@ def _list(value: Any) -> tuple[str, ...]:
         return ()
     if isinstance(value, str) and value.startswith("["):  # a CSV cell that holds a JSON list
         value = json.loads(value)
-    return (value,) if isinstance(value, str) else tuple(value)
+    return _several(value, "a field of several texts")
 
 
 def _references(value: Any) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
@@ -19,14 +20,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .answers import greedy, says, target_probabilities
 from .base import Base
 from .card import card
+from .composition import in_order, relinked
 from .errors import BaseMismatchError, ConflictingEditsError, HubError, MergeError, PackFormatError, PackSecurityError
-from .facts import Fact, read_facts, resolve_conflicts
+from .facts import Fact, read_facts, resolve_conflicts, superseded
 from .health import COLLAPSE, Health
 from .hub import PushToHub, Snapshot, check_base_of, fetch
 from .methods import EditConfig, get_method
 from .methods.base import Attachment
 from .pack import CONFIG_FILE, HUB_FILES, EditPack, check_name, describe_base, versions
 from .report import EditReport, EvalReport, FactResult
+from .restore import Untouched, uninterrupted
+from .storage import located
 
 if TYPE_CHECKING:
     from .evaluation import CleanAnswers
@@ -236,19 +240,12 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         settings = how.config_class.combine(config, config_overrides)
         previous = self._packs.get(pack_name)
         inactive = previous.facts if previous is not None and pack_name not in self._active else ()
-        known = {fact.key: name for name in self._active for fact in self._packs[name].facts}
         wanted = resolve_conflicts(read_facts(facts), [*self.list_edits(), *inactive], on_conflict)
         _check_ids(wanted, previous.facts if previous is not None else ())
         if previous is not None and previous.method != method:
             raise ConflictingEditsError(
                 f"pack {pack_name!r} holds edits by {previous.method!r}; give these a pack of their own: "
                 f"model.edit(..., method={method!r}, pack_name={method!r})"
-            )
-        elsewhere = next((f for f in wanted if known.get(f.key, pack_name) != pack_name), None)
-        if elsewhere is not None:
-            raise ConflictingEditsError(
-                f"pack {known[elsewhere.key]!r} holds another target for {elsewhere.question!r}; take it out first: "
-                "model.remove_edits([...]) with its id from model.list_edits()"
             )
         if previous is not None:
             explicit = config.to_dict() if isinstance(config, EditConfig) else dict(config or {})
@@ -261,25 +258,20 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         asked = time.perf_counter() - started
         state = self._packs.copy(), self._active
         try:
+            self._put(*self._without(superseded(self.list_edits(), wanted), but_in=pack_name))
             pack = self._fit(wanted, method, settings, pack_name, seed, progress)
             fitted = time.perf_counter() - started - asked
-            self._put({**self._packs, pack_name: pack}, (*(n for n in self._active if n != pack_name), pack_name))
+            active = (*(n for n in self._active if n != pack_name), pack_name)
+            self._put(relinked({**self._packs, pack_name: pack}, active), active)
             after = self._ask(wanted, progress) if verify else None
             health = self._check_health() if verify and how.in_weights else {}
+            results = _results(wanted, before, after, pack.fit.notes)
+            report = EditReport(method, pack_name, results, fitted, time.perf_counter() - started - fitted, **health)
+            self._measured = [({pack_name: pack}, report)]
+            return report
         except BaseException:
             self._put(*state)
             raise
-        notes = pack.fit.notes
-        if before is None or after is None:
-            results = tuple(FactResult(f, note=notes.get(str(f.id), "")) for f in wanted)
-        else:
-            results = tuple(
-                FactResult(f, b, a, says(a, f.target), pb, pa, notes.get(str(f.id), ""))
-                for f, (b, pb), (a, pa) in zip(wanted, before, after, strict=True)
-            )
-        report = EditReport(method, pack_name, results, fitted, time.perf_counter() - started - fitted, **health)
-        self._measured = [({pack_name: pack}, report)]
-        return report
 
     def _check_health(self) -> dict[str, Any]:
         """Perplexity on the model's own text before all edits and now, for the report; warns of a collapse."""
@@ -305,7 +297,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         how = get_method(method)
         previous = self._packs.get(pack_name)
         if previous is not None:
-            replaced = {f.key for f in facts}
+            replaced = {f.key for f in superseded(previous.facts, facts)}
             kept = [i for i, f in enumerate(previous.facts) if f.key not in replaced]
             if not kept:
                 previous = None
@@ -320,6 +312,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         with self.disable_edits():
             self._base.forget()  # the clean weights may be others than at the last edit
             _ = self._base.fingerprint
+            untouched = Untouched(self.base_model)
             try:
                 self._attach_all(under)
                 with torch.inference_mode(False), torch.enable_grad():
@@ -334,9 +327,12 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
                     )
                 how.validate(fit, settings, self._base)  # nothing is made that could not be loaded
             finally:
-                self._detach()
+                with uninterrupted():
+                    self._detach()
+                    untouched.put_back()
             base = describe_base(self._base, fit.modules, known=self._origin)
-        return EditPack(method, settings, fit, base, seed, versions())
+        beneath = [pack for pack in under if pack is not previous]
+        return EditPack(method, settings, fit, base, seed, versions(), beneath[-1].digest if beneath else None)
 
     def _ask(self, facts: Sequence[Fact], progress: bool) -> list[tuple[str, float]]:
         answers = greedy(self._base, [f.question for f in facts], _ANSWER_TOKENS, progress=progress)
@@ -435,21 +431,26 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         pack_or_id: EditPack | str | os.PathLike[str],
         pack_name: str = "default",
         *,
+        on_conflict: str = "error",
         verify_base: str = "error",
         **hub_kwargs: Any,
     ) -> None:
-        """Put a pack in force beside those that are.
+        """Put a pack in force beside those that are, or nothing if anything is wrong with it.
 
         Args:
             pack_or_id: a pack, its folder, or the id of its repo on the Hub.
             pack_name: the name that it gets here.
-            verify_base: as for `from_pretrained`.
+            on_conflict: what to do about facts that are in force already, with this target or another: "error", "replace" (the
+                pack's take their place) or "keep" (they stay, the pack is loaded without its own).
+            verify_base: "error", "warn" or "off": what happens when the base is not the one the pack was made for, or without
+                the edits that it was made on top of.
             **hub_kwargs: for `EditPack.from_pretrained`: `revision`, `token`, ...
 
         Raises:
-            BaseMismatchError: it was made for another base; `verify_base` "warn" logs it, "off" does not look.
-            ConflictingEditsError: there is a pack of that name, or one in force holds another target for the same fact.
+            BaseMismatchError: it was made for another base, or on top of edits that are not in force.
+            ConflictingEditsError: there is a pack of that name, or its facts are in force already.
             PackFormatError: the pack is damaged.
+            PackSecurityError: the pack asks for what no pack may ask for.
         """
         if verify_base not in ("error", "warn", "off"):
             raise ValueError(f"verify_base is 'error', 'warn' or 'off', not {verify_base!r}")
@@ -457,12 +458,9 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         pack = pack_or_id if isinstance(pack_or_id, EditPack) else EditPack.from_pretrained(pack_or_id, **hub_kwargs)
         if pack_name in self._packs:
             raise ConflictingEditsError(f"there is a pack {pack_name!r} already; load this one under another pack_name")
-        if len(resolve_conflicts(pack.facts, self.list_edits())) < len(pack.facts):
-            raise ConflictingEditsError(
-                "some of the pack's facts are in force already; take them out first (model.remove_edits)"
-            )
         if verify_base != "off":
             try:
+                self._check_beneath(pack)
                 with self.disable_edits():
                     pack.check_base(self._base)
             except BaseMismatchError as error:
@@ -470,7 +468,46 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
                     raise
                 logger.warning("%s", error)
         get_method(pack.method).validate(pack.fit, pack.config, self._base)
-        self._put({**self._packs, pack_name: pack}, (*self._active, pack_name))
+        in_force = self.list_edits()
+        if len(resolve_conflicts(pack.facts, in_force, on_conflict)) < len(pack.facts) and on_conflict == "error":
+            raise ConflictingEditsError(
+                "some of the pack's facts are in force already; pass on_conflict='replace' or 'keep', or take them out first "
+                "(model.remove_edits)"
+            )
+        packs, active = self._packs, self._active
+        if on_conflict == "replace":
+            packs, active = self._without(superseded(in_force, pack.facts))
+        elif on_conflict == "keep" and (mine := superseded(pack.facts, in_force)):
+            if len(mine) == len(pack.facts):
+                raise ConflictingEditsError("all of the pack's facts are in force already; nothing of it is left to load")
+            pack = pack.remove([str(fact.id) for fact in mine])
+        self._put({**packs, pack_name: pack}, (*active, pack_name))
+
+    def _check_beneath(self, pack: EditPack) -> None:
+        beneath = (self._packs[name].digest for name in self._active)
+        if pack.parent is not None and pack.parent not in beneath:
+            raise BaseMismatchError(
+                f"the pack was made on top of other edits (their digest begins with {pack.parent[:12]}) that are not in force; "
+                "load those first, or pass verify_base='warn' to do without"
+            )
+
+    def _without(self, facts: Sequence[Fact], but_in: str | None = None) -> tuple[dict[str, EditPack], tuple[str, ...]]:
+        """The packs, and the names of those in force, when facts are taken out of them; packs left empty are gone.
+
+        Args:
+            but_in: name of a pack that is left alone.
+        """
+        packs, keys = dict(self._packs), {fact.key for fact in facts}
+        for name in self._active:
+            here = [str(f.id) for f in packs[name].facts if f.key in keys]
+            if name == but_in or not here:
+                continue
+            if len(here) == len(packs[name].facts):
+                del packs[name]
+            else:
+                packs[name] = packs[name].remove(here)
+        active = tuple(name for name in self._active if name in packs)
+        return relinked(packs, active), active
 
     def set_packs(self, names: str | Sequence[str]) -> None:
         """Put just these packs in force, in this order.
@@ -493,7 +530,8 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         """
         self._pack(name)
         rest = {n: p for n, p in self._packs.items() if n != name}
-        self._put(rest, tuple(n for n in self._active if n != name))
+        active = tuple(n for n in self._active if n != name)
+        self._put(relinked(rest, active), active)
 
     def list_edits(self) -> list[Fact]:
         """The facts in force, pack by pack."""
@@ -511,14 +549,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         wanted = {ids} if isinstance(ids, str) else set(ids)
         if missing := wanted - {str(f.id) for f in self.list_edits()}:
             raise KeyError(f"no fact in force has the id {sorted(missing)[0]!r}; see model.list_edits()")
-        packs = dict(self._packs)
-        for name in self._active:
-            here = [str(f.id) for f in packs[name].facts if f.id in wanted]
-            if len(here) == len(packs[name].facts):
-                del packs[name]
-            elif here:
-                packs[name] = packs[name].remove(here)
-        self._put(packs, tuple(name for name in self._active if name in packs))
+        self._put(*self._without([fact for fact in self.list_edits() if str(fact.id) in wanted]))
 
     def rollback(self) -> None:
         """Back to the clean base model, bit for bit; all packs are forgotten."""
@@ -528,8 +559,8 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
     def disable_edits(self) -> Iterator[None]:
         """The clean base model inside the context; nothing is subtracted, the original weights are put back."""
         names = self._active
-        self._put(self._packs, ())
         try:
+            self._put(self._packs, ())
             yield
         finally:
             kept = [name for name in names if name in self._packs]
@@ -547,15 +578,16 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
 
     def _put(self, packs: Mapping[str, EditPack], active: tuple[str, ...]) -> None:
         """Put packs in force in place of those that are; on an error these are in force again."""
-        before = self._packs, self._active
-        self._detach()
-        try:
-            self._attach_all([packs[name] for name in active])
-        except BaseException:
+        with uninterrupted():
+            before = self._packs, self._active
             self._detach()
-            self._attach_all([before[0][name] for name in before[1]])
-            raise
-        self._packs, self._active = dict(packs), active
+            try:
+                self._attach_all([packs[name] for name in active])
+            except BaseException:
+                self._detach()
+                self._attach_all([before[0][name] for name in before[1]])
+                raise
+            self._packs, self._active = dict(packs), active
 
     @contextmanager
     def _lifted(self, packs: Sequence[EditPack]) -> Iterator[None]:
@@ -572,7 +604,8 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
 
     def _detach(self) -> None:
         while self._attached:
-            self._attached.pop().detach()
+            self._attached[-1].detach()
+            self._attached.pop()
 
     # --- the base model -----------------------------------------------------------------------------------------------
 
@@ -618,6 +651,22 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         with self.disable_edits():
             return super()._apply(fn, recurse)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> EditableModelForCausalLM:
+        """A model of its own, with the same packs in force."""
+        with self.disable_edits():
+            base = copy.deepcopy(self.base_model, memo)
+        twin = type(self)(base, self.tokenizer)
+        memo[id(self)] = twin
+        twin._origin = dict(self._origin)
+        twin._put(self._packs, self._active)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "an editable model is not pickled: save its packs (model.save_pretrained) and load them where they are needed, or "
+            "pickle the plain model that model.merge_and_unload() gives"
+        )
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -637,19 +686,36 @@ def packs_in(folder: Path, pack_name: str = "default") -> dict[str, EditPack]:
     if not folder.is_dir():
         return {}
     packs = {}
-    if (folder / CONFIG_FILE).exists():
+    if located(folder, CONFIG_FILE).exists():
         packs[pack_name] = EditPack.from_pretrained(folder)
     elif (folder / "edits.safetensors").exists():
         raise PackFormatError(f"{folder} has no {CONFIG_FILE}: the pack is incomplete, save or download it again")
     if not packs and (folder / "config.json").exists():
         return {}  # a model; packs that happen to lie below it were not asked for
-    for child in sorted(p for p in folder.iterdir() if (p / CONFIG_FILE).exists()):
+    for child in sorted(p for p in folder.iterdir() if not p.name.startswith(".") and located(p, CONFIG_FILE).exists()):
+        if child.is_symlink():
+            raise PackSecurityError(f"{child} is a link; a pack reads its own files only. Load that pack by its own name")
         if child.name in packs:
             raise ConflictingEditsError(
                 f"{folder} has a pack {child.name!r} of its own; pass another pack_name for the main one"
             )
         packs[child.name] = EditPack.from_pretrained(child)
-    return packs
+    return in_order(packs)
+
+
+def _results(
+    facts: Sequence[Fact],
+    before: Sequence[tuple[str, float]] | None,
+    after: Sequence[tuple[str, float]] | None,
+    notes: Mapping[str, str],
+) -> tuple[FactResult, ...]:
+    """What the report says of each fact; without answers where the model was not asked."""
+    if before is None or after is None:
+        return tuple(FactResult(f, note=notes.get(str(f.id), "")) for f in facts)
+    return tuple(
+        FactResult(f, b, a, says(a, f.target), pb, pa, notes.get(str(f.id), ""))
+        for f, (b, pb), (a, pa) in zip(facts, before, after, strict=True)
+    )
 
 
 def _check_model(at: Snapshot, base_model_kwargs: Mapping[str, Any]) -> None:
@@ -693,7 +759,7 @@ def _load(base: Snapshot, tokenizer: Any, hub: Mapping[str, Any], base_model_kwa
 
 
 def _check_ids(facts: Sequence[Fact], known: Sequence[Fact]) -> None:
-    replaced = {f.key for f in facts}
+    replaced = {f.key for f in superseded(known, facts)}
     ids = [f.id for f in facts] + [f.id for f in known if f.key not in replaced]
     if len(set(ids)) < len(ids):
         twice = next(id for id in ids if ids.count(id) > 1)

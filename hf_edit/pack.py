@@ -10,23 +10,29 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ._version import __version__
 from .base import Base
-from .cache import atomic_path, sort_header
+from .cache import sort_header
 from .card import card
-from .errors import BaseMismatchError, HubError, PackFormatError
+from .composition import PackDiff, difference, joined
+from .errors import BaseMismatchError, HubError, PackFormatError, PackSecurityError
+from .export import export_peft
 from .facts import Fact
 from .hub import PushToHub, Snapshot, check_base_of, fetch, is_repo_id, safetensors_header
 from .methods import EditConfig, Fit, get_method
+from .storage import identity, located, read_bytes, read_start, replacing
+from .strict import TensorFile, check_values, parse_json, read_tensors
 
 __all__ = ["CONFIG_FILE", "EditPack", "check_name"]
 
@@ -44,7 +50,13 @@ HUB_FILES = (*_READ, *(f"*/{name}" for name in _READ))  # what is downloaded of 
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_FACTS_BYTES = 1 << 28
-_MAX_TENSORS = 1 << 14
+_MAX_FACT_BYTES = 1 << 18
+_MAX_FACTS = 100_000
+_MAX_TENSOR_BYTES = 1 << 33
+_MAX_NAMES = 1 << 10
+_ATTEMPTS = 5  # at reading a pack that another process saves again and again
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "format_version": int,
     "method": str,
@@ -62,6 +74,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "versions": dict,
     "seed": int,
     "parent": (str, type(None)),
+    "config_sha256": str,
 }
 
 
@@ -76,7 +89,7 @@ class EditPack(PushToHub):
         base: what is known of the base model: name, revision, type, sizes, fingerprints.
         seed: of the fit.
         versions: of the libraries that made it.
-        parent: hash of the pack that this one was fitted on top of, or None.
+        parent: `digest` of the weight edits that this pack was fitted on top of, or None.
     """
 
     method: str
@@ -120,6 +133,40 @@ class EditPack(PushToHub):
         where = self.base.get("base_model_name_or_path") or self.base.get("base_model_type")
         return f"EditPack({self.method!r}, {len(self.facts)} facts, {self.nbytes / 1e6:.2f} MB, base {where!r})"
 
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the edit: of its facts, settings and tensors, and of the packs beneath it. Packs on top name it `parent`."""
+        about = {
+            "method": self.method,
+            "method_config": type(self.config).from_dict(self.config.to_dict()).to_dict(),
+            "facts": [fact.to_dict() for fact in self.facts],
+            "modules": list(self.fit.modules),
+            "base_fingerprint": self.base["base_fingerprint"],
+            "seed": self.seed,
+            "parent": self.parent,
+            "tensors": [[name, str(t.dtype), list(t.shape)] for name, t in sorted(self.tensors.items())],
+        }
+        found = hashlib.sha256(_sha256_of_json(about).encode())
+        for _, tensor in sorted(self.tensors.items()):
+            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return found.hexdigest()
+
+    def __add__(self, other: EditPack) -> EditPack:
+        """One pack with the facts of both, this one's first: for a base that is free of edits, the sum of both changes.
+
+        Raises:
+            BaseMismatchError: they were made for different bases.
+            ConflictingEditsError: they share facts, or contradict each other.
+            MergeError: they are by different methods, or by one whose edits can't be added up (LKS).
+        """
+        if not isinstance(other, EditPack):
+            return NotImplemented
+        return joined(self, other)
+
+    def diff(self, other: EditPack) -> PackDiff:
+        """What it takes to get from this pack to another: facts added, removed and changed, settings; printed line by line."""
+        return difference(self, other)
+
     def remove(self, ids: Sequence[str]) -> EditPack:
         """The pack without some facts, solved from what it stores: no training, no model.
 
@@ -137,8 +184,7 @@ class EditPack(PushToHub):
         keep = [i for i, id in enumerate(known) if id not in set(ids)]
         if not keep:
             raise ValueError("no fact would be left; delete the pack instead: model.delete_pack(name)")
-        fit = get_method(self.method).remove(self.fit, keep)
-        return EditPack(self.method, self.config, fit, self.base, self.seed, self.versions, self.parent)
+        return replace(self, fit=get_method(self.method).remove(self.fit, keep))
 
     def check_base(self, base: Base) -> None:
         """Refuse another base than the pack was made for; reads the clean model.
@@ -170,7 +216,7 @@ class EditPack(PushToHub):
         repo_id: str | None = None,
         **hub_kwargs: Any,
     ) -> Path:
-        """Write the pack's files into a folder, each replaced whole; `edit_config.json` comes last.
+        """Write the pack's files into a folder, in place of those of a pack that is there: all of them, or none.
 
         Args:
             readme: the model card; by default one is made from the pack.
@@ -180,32 +226,43 @@ class EditPack(PushToHub):
 
         Returns:
             The folder.
+
+        Raises:
+            PackFormatError: the tensors hold NaN or infinity, so that the pack could not be loaded.
+            OSError: the disk is full or the folder can't be written to; what was there still is.
         """
         folder = Path(directory)
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file; give a folder to save the pack in")
-        folder.mkdir(parents=True, exist_ok=True)
+        check_values(self.tensors, "the edit")
         facts = "".join(json.dumps(f.to_dict(), ensure_ascii=False, sort_keys=True) + "\n" for f in self.facts)
-        with (
-            atomic_path(folder / CONFIG_FILE) as config_path,
-            atomic_path(folder / CARD_FILE) as card_path,
-            atomic_path(folder / FACTS_FILE) as facts_path,
-            atomic_path(folder / TENSORS_FILE) as tensors_path,
-        ):
-            save_file(
-                {name: t.contiguous() for name, t in sorted(self.tensors.items())},
-                tensors_path,
-                {"format": "pt", "hf_edit_format": str(FORMAT_VERSION)},
+        with replacing(folder) as staging:
+            _write_tensors(self.tensors, staging / TENSORS_FILE)
+            (staging / FACTS_FILE).write_text(facts, encoding="utf-8", newline="\n")
+            (staging / CARD_FILE).write_text(
+                readme or card({"default": self}, folder.resolve().name), encoding="utf-8", newline="\n"
             )
-            sort_header(tensors_path)
-            facts_path.write_text(facts, encoding="utf-8", newline="\n")
-            text = readme or card({"default": self}, folder.resolve().name)
-            card_path.write_text(text, encoding="utf-8", newline="\n")
-            config = self._config_json(_sha256(facts_path), _sha256(tensors_path))
-            config_path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+            config = self._config_json(_sha256_of(staging / FACTS_FILE), _sha256_of(staging / TENSORS_FILE))
+            (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
         if push_to_hub:
             self.push_to_hub(repo_id or folder.resolve().name, **hub_kwargs)
         return folder
+
+    def export_peft(self, directory: str | os.PathLike[str]) -> None:
+        """Write the edit as a LoRA adapter, which PEFT, plain transformers and inference servers load without this library.
+
+        Its logits are the edited model's to rounding. Nothing checks there that the base is the right one, as a pack does; and
+        single facts can't be taken out of it.
+
+        Args:
+            directory: the adapter's folder; not the pack's own, which would then be taken for an adapter.
+
+        Raises:
+            MergeError: the method does not edit weights.
+            ValueError: there is a pack in the folder.
+        """
+        folder = Path(directory)
+        if located(folder, CONFIG_FILE).exists():
+            raise ValueError(f"{folder} holds a pack; give the adapter a folder of its own")
+        export_peft(self, folder)
 
     def _write_for_hub(self, folder: Path, repo_id: str, *, pack_name: str = "default") -> str:
         """The pack as it may be read by strangers: "default" in the repo itself, others in subfolders of their names."""
@@ -224,7 +281,7 @@ class EditPack(PushToHub):
         return replace(self, base={**self.base, "base_model_name_or_path": None, "base_model_revision": None})
 
     def _config_json(self, facts_sha256: str, tensors_sha256: str) -> dict[str, Any]:
-        return {
+        config = {
             "format_version": FORMAT_VERSION,
             "method": self.method,
             "method_config": self.config.to_dict(),
@@ -237,6 +294,7 @@ class EditPack(PushToHub):
             "seed": self.seed,
             "parent": self.parent,
         }
+        return {**config, "config_sha256": _sha256_of_json(config)}
 
     @classmethod
     def inspect(
@@ -274,18 +332,16 @@ class EditPack(PushToHub):
         folder = _below(at.folder, pack_name)
         config = _read_config(folder)
         origin = {} if at.repo_id is None else {"repo_id": at.repo_id, "revision": at.revision}
-        if at.repo_id is not None and not (folder / TENSORS_FILE).exists():
+        if at.repo_id is not None and not located(folder, TENSORS_FILE).exists():
             tensors, size = safetensors_header(at, _in_repo(pack_name, TENSORS_FILE), token)
             return {**config, "tensors": tensors, "bytes": size, **origin}
-        path = _file(folder, TENSORS_FILE)
         try:
-            with safe_open(path, "pt") as file:
-                names = list(file.keys())
-                slices = {n: file.get_slice(n) for n in names[:_MAX_TENSORS]}
-                tensors = {n: {"dtype": s.get_dtype(), "shape": list(s.get_shape())} for n, s in slices.items()}
-        except SafetensorError as error:
-            raise PackFormatError(f"{path} is no valid safetensors file: {error}") from error
-        return {**config, "tensors": tensors, "bytes": path.stat().st_size, **origin}
+            start, size = read_start(folder, TENSORS_FILE)
+        except FileNotFoundError as error:
+            raise PackFormatError(f"{error}: the pack is incomplete") from error
+        file = TensorFile.of(start, size, folder / TENSORS_FILE)
+        tensors = {name: {"dtype": dtype, "shape": list(shape)} for name, (dtype, shape, _, _) in file.tensors.items()}
+        return {**config, "tensors": tensors, "bytes": size, **origin}
 
     @classmethod
     def from_pretrained(
@@ -311,7 +367,8 @@ class EditPack(PushToHub):
             FileNotFoundError: no pack there.
             HubError: the repo is missing, gated, or out of reach.
             PackFormatError: a file is missing, damaged, changed since it was written, or of a newer format.
-            PackSecurityError: a pack from the Hub names a base that is not on the Hub.
+            PackSecurityError: the pack asks for what no pack may ask for: a file outside of its folder; from the Hub, a base
+                that is not there.
         """
         at = fetch(
             pack_or_id,
@@ -324,10 +381,21 @@ class EditPack(PushToHub):
         )
         _check_there(at, pack_name)
         folder = _below(at.folder, pack_name)
+        for _ in range(_ATTEMPTS):
+            before = identity(located(folder, CONFIG_FILE))
+            try:
+                return cls._read(folder, at)
+            except (PackFormatError, FileNotFoundError):
+                if identity(located(folder, CONFIG_FILE)) == before:
+                    raise
+        raise PackFormatError(f"{folder} is saved over and over while it is read; try again")
+
+    @classmethod
+    def _read(cls, folder: Path, at: Snapshot) -> EditPack:
         config = _read_config(folder)
         check_base_of(config, at)
-        facts = _read_facts(_file(folder, FACTS_FILE), config)
-        tensors = _read_tensors(_file(folder, TENSORS_FILE), config)
+        facts = _read_facts(folder, config)
+        tensors = _read_tensors(folder, config)
         try:
             method = get_method(config["method"])
             settings = method.config_class.from_dict(config["method_config"])
@@ -335,6 +403,10 @@ class EditPack(PushToHub):
             raise PackFormatError(f"{folder / CONFIG_FILE}: {error}") from error
         fit = Fit(tensors, tuple(config["modules"]), facts)
         method.validate(fit, settings, None)
+        if config["config_sha256"] != _sha256_of_json({k: v for k, v in config.items() if k != "config_sha256"}):
+            raise PackFormatError(
+                f"{folder / CONFIG_FILE} was changed since the pack was saved (its hash differs): get it again"
+            )
         base = {key: config[key] for key in _BASE_KEYS}
         return cls(config["method"], settings, fit, base, config["seed"], config["versions"], config["parent"])
 
@@ -352,12 +424,12 @@ def _in_repo(pack_name: str, file: str) -> str:
 
 def _check_there(at: Snapshot, pack_name: str) -> None:
     """Say what there is instead of a pack that is not there."""
-    if (_below(at.folder, pack_name) / CONFIG_FILE).exists() or (at.repo_id is None and pack_name == "default"):
+    if located(_below(at.folder, pack_name), CONFIG_FILE).exists() or (at.repo_id is None and pack_name == "default"):
         return
     missing = f"{at.name} holds no edit pack" + ("" if pack_name == "default" else f" {pack_name!r}")
     if at.repo_id is not None:
         raise HubError(f"{missing}: there is no {_in_repo(pack_name, CONFIG_FILE)}")
-    named = sorted(p.name for p in at.folder.iterdir() if (p / CONFIG_FILE).exists())
+    named = sorted(p.name for p in at.folder.iterdir() if located(p, CONFIG_FILE).exists())
     raise FileNotFoundError(f"{missing}; there are: {', '.join(named) or 'none'}")
 
 
@@ -386,10 +458,14 @@ def describe_base(base: Base, modules: Sequence[str], *, known: Mapping[str, Any
         found = base.fingerprint_of(modules)
     except AttributeError as error:
         raise BaseMismatchError(f"the model has not the modules that the edits are for: {error}") from error
+    except NotImplementedError as error:  # torch's word on reading a tensor without data
+        raise BaseMismatchError(f"the weights of {', '.join(modules)[:200]} are not loaded: {error}") from error
     known = known or {}
+    revision = known.get("base_model_revision")
     return {
         "base_model_name_or_path": known.get("base_model_name_or_path"),
-        "base_model_revision": known.get("base_model_revision"),
+        # a branch moves, only a full sha says which weights these were
+        "base_model_revision": revision if _COMMIT.fullmatch(revision or "") else None,
         "base_model_type": str(config.model_type),
         "sizes": {key: int(getattr(config, key)) for key in ("hidden_size", "num_hidden_layers", "vocab_size")},
         "base_fingerprint": found,
@@ -404,23 +480,21 @@ def versions() -> dict[str, str]:
     return {"hf_edit": __version__, **{name: version(name) for name in ("torch", "transformers", "safetensors")}}
 
 
-def _file(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.exists():
+def _read(folder: Path, name: str, limit: int) -> bytearray:
+    """A pack's file; the configuration says whether there is a pack at all."""
+    try:
+        return read_bytes(folder, name, limit)
+    except FileNotFoundError as error:
+        if name != CONFIG_FILE:
+            raise PackFormatError(f"{error}: the pack is incomplete") from error
         if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {folder}")
-        what = "it holds no edit pack, or an incomplete one" if name == CONFIG_FILE else "the pack is incomplete"
-        raise (FileNotFoundError if name == CONFIG_FILE else PackFormatError)(f"{folder} has no {name}: {what}")
-    if not path.is_file():
-        raise PackFormatError(f"{path} is no regular file")
-    return path
+            raise FileNotFoundError(f"there is no folder {folder}") from error
+        raise FileNotFoundError(f"{error}: it holds no edit pack, or an incomplete one") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = _file(folder, CONFIG_FILE)
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise PackFormatError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes")
-    config = _parse(path.read_bytes(), path)
+    path = folder / CONFIG_FILE
+    config = parse_json(_read(folder, CONFIG_FILE, _MAX_CONFIG_BYTES), path)
     if not isinstance(config, dict):
         raise PackFormatError(f"{path} holds no JSON object")
     version = config.get("format_version")
@@ -437,76 +511,94 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise PackFormatError(f"{path}: {key!r} is of the wrong type ({type(config[key]).__name__})")
     if unknown := sorted(set(config) - set(_KEYS)):
         raise PackFormatError(f"{path} has unknown keys: {', '.join(unknown)[:200]}")
-    if not all(isinstance(name, str) and name for name in config["modules"]):
-        raise PackFormatError(f"{path}: 'modules' holds something that is no module name")
+    name = config["base_model_name_or_path"]
+    if name is not None and not (name.strip() and name.isprintable()):
+        raise PackSecurityError(f"{path}: the base model's name is empty or holds control characters: {name!r:.200}")
+    revision = config["base_model_revision"]
+    if revision is not None and not _COMMIT.fullmatch(revision):
+        raise PackSecurityError(f"{path}: the base model's revision {revision!r:.80} is no full sha of a commit")
+    for key, good in _CHECKS.items():
+        if not good(config[key]):
+            raise PackFormatError(f"{path}: {key!r} is out of range or no such thing: {config[key]!r:.120}")
     return config
 
 
-def _parse(data: bytes, path: Path) -> Any:
-    """JSON without what Python's reader lets through: repeated keys, NaN, byte-order marks."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in items}) < len(items):
-            raise ValueError("a key stands twice in one object")
-        return dict(items)
-
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is no JSON")
-
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise PackFormatError(f"{path} is not valid JSON: {error}"[:500]) from error
+def _is_count(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
-def _read_facts(path: Path, config: Mapping[str, Any]) -> tuple[Fact, ...]:
-    if path.stat().st_size > _MAX_FACTS_BYTES:
-        raise PackFormatError(f"{path} is larger than {_MAX_FACTS_BYTES} bytes")
-    data = path.read_bytes()
+_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "sizes": lambda v: sorted(v) == sorted(_SIZES) and all(_is_count(n, 1 << 32) for n in v.values()),
+    "base_fingerprint": lambda v: 0 < len(v) < 1 << 16,
+    "tokenizer_fingerprint": lambda v: 0 < len(v) < 1 << 10,
+    "modules": lambda v: (
+        0 < len(v) <= _MAX_NAMES and all(isinstance(name, str) and 0 < len(name) < 512 for name in v) and len(set(v)) == len(v)
+    ),
+    "num_facts": lambda v: _is_count(v, _MAX_FACTS),
+    "facts_sha256": lambda v: bool(_SHA256.fullmatch(v)),
+    "tensors_sha256": lambda v: bool(_SHA256.fullmatch(v)),
+    "versions": lambda v: len(v) <= _MAX_NAMES and all(isinstance(text, str) and len(text) < 512 for text in v.values()),
+    "seed": lambda v: -(1 << 63) <= v < 1 << 64,
+    "parent": lambda v: v is None or bool(_SHA256.fullmatch(v)),
+}
+
+
+def _read_facts(folder: Path, config: Mapping[str, Any]) -> tuple[Fact, ...]:
+    path = folder / FACTS_FILE
+    data = _read(folder, FACTS_FILE, _MAX_FACTS_BYTES)
     if hashlib.sha256(data).hexdigest() != config["facts_sha256"]:
         raise PackFormatError(f"{path} is not the file that the pack was saved with (its hash differs): get it again")
-    lines = [line for line in data.split(b"\n") if line]
+    if data.count(b"\n") > 2 * _MAX_FACTS:
+        raise PackFormatError(f"{path} holds more lines than any edit pack")
+    lines = [line for line in data.split(b"\n") if line.strip()]
     if len(lines) != config["num_facts"]:
         raise PackFormatError(f"{path} holds {len(lines)} facts, {CONFIG_FILE} says {config['num_facts']}")
     facts = []
     for number, line in enumerate(lines, start=1):
-        record = _parse(line, path)
+        if len(line) > _MAX_FACT_BYTES:
+            raise PackFormatError(f"{path}, line {number} has {len(line)} bytes, more than any fact")
+        record = parse_json(line, path)
         try:
             facts.append(Fact.from_dict(record))
-        except (ValueError, TypeError, KeyError) as error:
-            raise PackFormatError(f"{path}, line {number}: {error}") from error
-    if len({fact.id for fact in facts}) < len(facts):
-        raise PackFormatError(f"{path}: two facts have the same id")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PackFormatError(f"{path}, line {number}: {error}"[:500]) from error
+    for attribute, what in (("id", "the same id"), ("key", "the same subject and prompt")):
+        if len({getattr(fact, attribute) for fact in facts}) < len(facts):
+            raise PackFormatError(f"{path}: two facts have {what}")
     return tuple(facts)
 
 
-def _read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    if _sha256(path) != config["tensors_sha256"]:
+def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    path = folder / TENSORS_FILE
+    data = _read(folder, TENSORS_FILE, _MAX_TENSOR_BYTES)
+    if hashlib.sha256(data).hexdigest() != config["tensors_sha256"]:
         raise PackFormatError(f"{path} is not the file that the pack was saved with (its hash differs): get it again")
-    try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("hf_edit_format") != str(FORMAT_VERSION):
-                raise PackFormatError(f"{path} is no tensor file of an edit pack (its header does not say so)")
-            names = list(file.keys())
-            if len(names) > _MAX_TENSORS:
-                raise PackFormatError(f"{path} holds {len(names)} tensors, more than any edit pack")
-            tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise PackFormatError(f"{path} is no valid safetensors file: {error}") from error
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.int64):
-            raise PackFormatError(f"{path}: tensor {name!r} is of type {tensor.dtype}, which no edit pack holds")
-        if not bool(torch.isfinite(tensor).all()):
-            raise PackFormatError(f"{path}: tensor {name!r} holds NaN or infinity")
+    metadata, tensors = read_tensors(data, path)
+    if metadata.get("hf_edit_format") != str(FORMAT_VERSION):
+        raise PackFormatError(f"{path} is no tensor file of an edit pack (its header does not say so)")
     return tensors
 
 
-def _sha256(path: Path) -> str:
+def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    try:
+        save_file(ordered, path, {"format": "pt", "hf_edit_format": str(FORMAT_VERSION)})
+        sort_header(path)
+    except SafetensorError as error:  # which is no OSError, also where the disk is full
+        raise OSError(f"{path} can't be written: {error}") from error
+
+
+def _sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
         return digest.hexdigest()
+
+
+def _sha256_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def check_name(name: str) -> None:

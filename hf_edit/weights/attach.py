@@ -9,10 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..errors import BaseMismatchError
+from ..base import Base
+from ..errors import BaseMismatchError, PackFormatError, PackSecurityError, UnsupportedArchitectureError
 from ..layout import is_transposed, weight_shape
 
-__all__ = ["Factors", "Switch", "WeightAttachment"]
+__all__ = ["Factors", "Switch", "WeightAttachment", "check_changes"]
+
+_SAMPLE = 4096
+_MAX_CHANGE = 100.0  # times the weight's own norm
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,11 @@ class Factors:
     def dense(self) -> torch.Tensor:
         """dW, float32 [out, in]."""
         return self.left @ self.right
+
+    def norm(self) -> float:
+        """The Frobenius norm of dW, from the factors' small products."""
+        left, right = self.left.double(), self.right.double()
+        return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
 
 
 class Switch(Protocol):
@@ -60,7 +69,7 @@ class WeightAttachment:
     def __init__(self, model: Any, factors: Mapping[str, Factors], switch: Switch | None = None) -> None:
         modules = {name: _checked(model, name, change) for name, change in factors.items()}
         self.in_place = True  # whether all of it stands in the weights themselves
-        self._originals: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._originals: list[_Original] = []
         self._handles: list[Any] = []
         try:
             for name, module in modules.items():
@@ -78,15 +87,15 @@ class WeightAttachment:
         """Restore the originals; may be called again."""
         for handle in self._handles:
             handle.remove()
-        for weight, original in reversed(self._originals):
-            weight.data = original.to(weight.device, weight.dtype)  # the model may have been moved or cast meanwhile
+        for original in reversed(self._originals):
+            original.put_back()
         self._handles, self._originals = [], []
 
     def _swap(self, module: nn.Module, weight: nn.Parameter, change: Factors) -> None:
         left, right = (t.to(weight.device, weight.dtype) for t in (change.left, change.right))
         dense = left @ right
         changed = weight.data + (dense.T if is_transposed(module) else dense)
-        self._originals.append((weight, weight.data))
+        self._originals.append(_Original(weight, weight.data, _sample(changed).clone(), change, is_transposed(module)))
         weight.data = changed
 
     def _branch(self, module: nn.Module, change: Factors, switch: Switch | None) -> None:
@@ -105,8 +114,67 @@ class WeightAttachment:
         self._handles.append(module.register_forward_hook(hook))
 
 
+@dataclass(frozen=True)
+class _Original:
+    """A weight's own tensor, while a changed one stands in its place.
+
+    Attributes:
+        sample: of the changed one, by which it is seen whether it was trained.
+    """
+
+    weight: nn.Parameter
+    tensor: torch.Tensor
+    sample: torch.Tensor
+    change: Factors
+    transposed: bool
+
+    def put_back(self) -> None:
+        weight = self.weight
+        # the model may have been moved or cast meanwhile
+        if weight.is_meta or torch.equal(_sample(weight.data), self.sample.to(weight.device, weight.dtype)):
+            weight.data = self.tensor.to(weight.device, weight.dtype)
+            return
+        # it was trained while the edit was in force: the training stays, so there is no original to go back to
+        dense = (self.change.left @ self.change.right).to(weight.device, weight.dtype)
+        weight.data = weight.data - (dense.T if self.transposed else dense)
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE)]
+
+
 def _is_plain(weight: nn.Parameter) -> bool:
     return weight.dtype in (torch.float32, torch.float64) and not weight.is_meta and type(weight.data) is torch.Tensor
+
+
+def check_changes(factors: Mapping[str, Factors], base: Base, edit_module: str | None = None) -> None:
+    """Check changes of unknown origin against the model: where they go, and how large they are.
+
+    Raises:
+        PackSecurityError: one goes elsewhere than into an MLP's output projection.
+        BaseMismatchError: a module is missing or of another shape.
+        PackFormatError: one is so much larger than the weight itself that it is no edit.
+    """
+    try:
+        layout = base.layout(edit_module)
+    except (UnsupportedArchitectureError, AttributeError) as error:
+        raise BaseMismatchError(f"the pack's edit_module {edit_module!r:.200} is none of this model: {error}") from error
+    inside = tuple(f"{layout.blocks_path}.{index}." for index in range(len(layout)))
+    for name, change in factors.items():
+        module = _checked(base.model, name, change)
+        if name not in layout.projections or not name.startswith(inside):
+            raise PackSecurityError(
+                f"the pack would change {name!r:.200}, which is no MLP output projection of this model's blocks; packs may "
+                "change nothing else"
+            )
+        weight = module.weight
+        if isinstance(weight, torch.Tensor) and weight.is_floating_point() and not weight.is_meta:
+            own = float(weight.detach().norm(dtype=torch.float32))
+            if change.norm() > _MAX_CHANGE * own > 0:
+                raise PackFormatError(
+                    f"the pack's change of {name} is {change.norm() / own:.1e} times as large as the weight: no edit is"
+                )
 
 
 def _checked(model: Any, name: str, change: Factors) -> Any:

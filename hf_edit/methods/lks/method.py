@@ -10,8 +10,8 @@ import torch
 
 from ...base import Base, seeded
 from ...errors import PackFormatError
-from ...facts import Fact
-from ...positions import EncodedText, Text, encode, fact_text, join
+from ...facts import Fact, visible
+from ...positions import EncodedText, Text, encode, fact_text, join, joined_without_space
 from ...references import bank
 from ...suffix import frozen, read_keys_and_states
 from .. import Fit, register_method
@@ -122,7 +122,9 @@ class LKS:
 
 
 def _single_letter(facts: Sequence[Fact]) -> str | None:
-    return next((n for f in facts for n in (f.subject, *f.aliases) if len(n) == 1 and n.isascii()), None)
+    """A name that would be found everywhere; in scripts without spaces between words one character can be a name."""
+    names = (name for fact in facts for name in (fact.subject, *fact.aliases))
+    return next((n for n in names if len(seen := visible(n)) == 1 and not joined_without_space(seen)), None)
 
 
 @dataclass(frozen=True)

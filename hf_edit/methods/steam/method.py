@@ -18,7 +18,7 @@ from ...positions import encode, fact_text
 from ...statistics import KeyStatistics, open_statistics
 from ...suffix import frozen
 from ...texts import sample_contexts
-from ...weights.attach import Factors, WeightAttachment
+from ...weights.attach import Factors, WeightAttachment, check_changes
 from ...weights.editors import EDITORS, ONE_BY_ONE, Insertion
 from ...weights.prompts import FactTexts, fact_texts
 from ...weights.solve import Update
@@ -103,9 +103,16 @@ class Steam:
             tensors |= {f"{module}.{p}": t.float() for p, t in zip(_PARTS, (left[:, keep], solved, gram), strict=True)}
         return Fit(tensors, fit.modules, tuple(fit.facts[i] for i in keep))
 
+    def join(self, one: Fit, other: Fit) -> Fit:
+        """Both edits in one: their changes add up."""
+        tensors = _appended(one.tensors, {m: _update(other, m) for m in other.modules})
+        return Fit(tensors, tuple(sorted({*one.modules, *other.modules})), (*one.facts, *other.facts))
+
     def validate(self, fit: Fit, config: SteamConfig, base: Base | None) -> None:
         """See `hf_edit.methods.Method.validate`."""
         count = len(fit.facts)
+        if len(set(fit.modules)) < len(fit.modules):
+            raise PackFormatError("the pack names a module twice")
         expected = {f"{module}.{part}" for module in fit.modules for part in _PARTS}
         if wrong := sorted(expected ^ set(fit.tensors)):
             raise PackFormatError(f"the pack's tensors do not match its modules: {', '.join(wrong)[:300]}")
@@ -115,18 +122,16 @@ class Steam:
                 raise PackFormatError(f"the factors of {module} must be float32 matrices")
             if (left.shape[1], right.shape[0], *gram.shape) != (count,) * 4:
                 raise PackFormatError(f"the factors of {module} are not for {count} facts")
-            if base is not None:
-                self._validate_module(module, base, config)
+        if base is not None:
+            check_changes(self.factors(fit), base, config.edit_module)
 
-    def _validate_module(self, module: str, base: Base, config: SteamConfig) -> None:
-        if module not in base.layout(config.edit_module).projections:
-            raise PackFormatError(f"{module!r} is no MLP output projection of this model")
+    def factors(self, fit: Fit) -> dict[str, Factors]:
+        """The changes of weights by module; column i of `left` and row i of `right` belong to fact i."""
+        return {m: _update(fit, m).factors for m in fit.modules}
 
     def attach(self, base: Base, fit: Fit, config: SteamConfig) -> WeightAttachment:
         """See `hf_edit.methods.Method.attach`."""
-        return WeightAttachment(
-            base.model, {m: Factors(fit.tensors[f"{m}.left"], fit.tensors[f"{m}.right"]) for m in fit.modules}
-        )
+        return WeightAttachment(base.model, self.factors(fit))
 
 
 @dataclass(frozen=True)
@@ -301,6 +306,11 @@ def _apart(facts: Sequence[Fact]) -> list[list[int]]:
         groups[free].append(i)
         taken[free].add(subject)
     return groups
+
+
+def _update(fit: Fit, module: str) -> Update:
+    left, right, gram = (fit.tensors[f"{module}.{part}"] for part in _PARTS)
+    return Update(Factors(left, right), gram)
 
 
 def _appended(tensors: dict[str, torch.Tensor], updates: dict[str, Update]) -> dict[str, torch.Tensor]:

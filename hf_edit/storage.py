@@ -1,0 +1,206 @@
+"""A pack's files on disk: opened so that nothing outside the pack is read, replaced so that a folder holds one pack, whole.
+
+A save writes all files into a folder beside the old ones (`.saving-...`), and takes effect in one step: that folder is
+renamed to `.incoming`. From then on its files count before those of the same name in the pack's own folder, into which they
+are moved one by one. So whoever reads finds the old pack before that step and the new one after it, wherever the save may
+have been cut off; the next save finishes what a cut-off one left, whichever of several writers it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import PackFormatError, PackSecurityError
+
+__all__ = ["identity", "located", "read_bytes", "read_start", "replacing"]
+
+_INCOMING = ".incoming"
+_SAVING = ".saving-"
+_MAX_HEADER = 1 << 24
+_ABANDONED = 3600.0  # seconds after which what a killed save left behind is swept away
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)  # what renaming onto a folder with files in it says, by system
+
+
+def located(folder: Path, name: str) -> Path:
+    """Where a pack's file stands, whether or not it exists: a finished save's before the folder's own."""
+    incoming = folder / _INCOMING / name
+    return incoming if os.path.lexists(incoming) else folder / name
+
+
+def identity(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from one that has been put in its place; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def read_bytes(folder: Path, name: str, limit: int) -> bytearray:
+    """A pack's file, read once and whole.
+
+    Raises:
+        FileNotFoundError: there is none.
+        PackFormatError: it is no regular file, or larger than `limit` bytes.
+        PackSecurityError: it is a link out of the pack.
+    """
+    with _opened(folder, name) as (file, size):
+        if size > limit:
+            raise PackFormatError(f"{folder / name} has {size} bytes, more than the {limit} that it may have")
+        return _take(file, size, folder / name)
+
+
+def read_start(folder: Path, name: str) -> tuple[bytearray, int]:
+    """A safetensors file's header, with the eight bytes of its length, and the whole file's size; errors as in `read_bytes`."""
+    with _opened(folder, name) as (file, size):
+        start = _take(file, min(size, 8), folder / name)
+        length = int.from_bytes(start, "little")
+        return start + _take(file, min(length, size - len(start), _MAX_HEADER), folder / name), size
+
+
+@contextmanager
+def _opened(folder: Path, name: str) -> Iterator[tuple[io.FileIO, int]]:
+    """A pack's file and its size."""
+    path = located(folder, name)
+    try:
+        descriptor = _open(path, folder)
+    except (FileNotFoundError, PackFormatError):
+        if (moved := located(folder, name)) == path:
+            raise
+        descriptor = _open(moved, folder)  # a save put it in place in between
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise PackFormatError(f"{path} is no regular file")
+    with open(descriptor, "rb", buffering=0) as file:
+        yield file, found.st_size
+
+
+def _take(file: io.FileIO, count: int, path: Path) -> bytearray:
+    data = bytearray(count)
+    view, done = memoryview(data), 0
+    while done < count and (read := file.readinto(view[done:])):
+        done += read
+    if done < count:
+        raise PackFormatError(f"{path} became shorter while it was read: get it again")
+    return data
+
+
+def _open(path: Path, folder: Path) -> int:
+    """A descriptor of a file of the pack; never waits, as opening a FIFO would."""
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"{folder} has no {path.name}")
+    try:
+        real, home = path.resolve(strict=True), folder.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise PackFormatError(f"{path} is a link to nothing: {error}") from error
+    if not (real.is_relative_to(home) or _is_blob(real, home)):
+        raise PackSecurityError(f"{path} is a link out of the pack, to {real}; a pack reads its own files only")
+    flags = os.O_RDONLY
+    for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    return os.open(real, flags)
+
+
+def _is_blob(real: Path, home: Path) -> bool:
+    """Whether a file lies where the Hub's cache keeps the contents of this very repository's snapshots."""
+    for parent in (home, *home.parents):
+        if parent.parent.name == "snapshots":
+            return real.is_relative_to(parent.parent.parent / "blobs")
+    return False
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write files to, which take the place of those in `folder` all at once when the context ends well.
+
+    Raises:
+        NotADirectoryError: there is a file in the folder's place.
+        IsADirectoryError: there is a folder in a file's place.
+        OSError: the disk is full, the folder can't be written to; it is as it was then.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; give a folder to save the pack in")
+    folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    staging = Path(tempfile.mkdtemp(prefix=_SAVING, dir=folder))
+    try:
+        yield staging
+        _settle(staging, folder)
+        _commit(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed saves left behind; not what another writer is at."""
+    for path in folder.glob(f"{_SAVING}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _settle(staging: Path, folder: Path) -> None:
+    """Ordinary permissions, contents on the disk, and nothing in the way of the files."""
+    umask = os.umask(0)
+    os.umask(umask)
+    staging.chmod(0o777 & ~umask)
+    for path in staging.iterdir():
+        if (folder / path.name).is_dir():
+            raise IsADirectoryError(f"{folder / path.name} is a folder, where a file of the pack would go; move it away")
+        path.chmod(0o666 & ~umask)  # safetensors writes 0600 whatever the umask
+        _flush(path)
+    _flush(staging)
+
+
+def _commit(staging: Path, folder: Path) -> None:
+    while True:
+        try:
+            os.rename(staging, folder / _INCOMING)
+            break
+        except OSError as error:
+            if error.errno not in _OCCUPIED or not (folder / _INCOMING).is_dir():
+                raise
+        if not _put_in_place(folder):
+            raise PermissionError(f"{folder / _INCOMING} is left from another save and can't be moved away")
+    _flush(folder)
+    _put_in_place(folder)
+
+
+def _put_in_place(folder: Path) -> bool:
+    """Move a finished save's files to where they belong; another writer may be doing the same. Whether something moved."""
+    incoming, moved = folder / _INCOMING, False
+    with suppress(FileNotFoundError):
+        for path in sorted(incoming.iterdir(), key=lambda path: path.suffix == ".json"):  # the configuration last
+            with suppress(FileNotFoundError):
+                path.replace(folder / path.name)
+                moved = True
+    try:
+        incoming.rmdir()
+        moved = True
+    except FileNotFoundError:
+        moved = True
+    except OSError as error:
+        if error.errno not in _OCCUPIED:
+            raise
+    return moved
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file or folder out, where it can."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
