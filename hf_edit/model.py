@@ -267,7 +267,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             health = self._check_health() if verify and how.in_weights else {}
             results = _results(wanted, before, after, pack.fit.notes)
             report = EditReport(method, pack_name, results, fitted, time.perf_counter() - started - fitted, **health)
-            self._measured = [({pack_name: pack}, report)]
+            self._measured = [({pack_name: self._packs[pack_name]}, report)]
             return report
         except BaseException:
             self._put(*state)

@@ -12,6 +12,8 @@ from hostile import QUICKEST, rehash
 
 from hf_edit import BaseMismatchError, ConflictingEditsError, EditableModelForCausalLM, EditPack, Fact, MergeError
 from hf_edit.facts import resolve_conflicts, superseded
+from hf_edit.methods import Fit, get_method
+from hf_edit.weights.solve import insert
 
 OTHERS = [fact.replace(subject=f"New {fact.subject}") for fact in FACTS]
 
@@ -147,6 +149,21 @@ def test_a_difference_says_what_changed(world):
     doubled = {name: tensor * 2 for name, tensor in pack.tensors.items()}
     again = EditPack("steam", pack.config, type(pack.fit)(doubled, pack.fit.modules, pack.facts), pack.base)
     assert pack.diff(again).tensors
+
+
+def test_a_layer_without_a_fact_is_what_the_others_alone_give():
+    generator = torch.Generator().manual_seed(0)
+    keys, residuals, root = (torch.randn(96, n, generator=generator, dtype=torch.float64) for n in (4, 4, 96))
+    whitened = torch.linalg.solve(root @ root.T + torch.eye(96), keys)
+    kept = [0, 1, 3]
+    whole, alone = (insert(keys[:, own], whitened[:, own], residuals[:, own]) for own in (range(4), kept))
+    tensors = {"m.left": whole.factors.left, "m.right": whole.factors.right, "m.gram": whole.gram}
+    method = get_method("steam")
+    removed = method.remove(Fit(tensors, ("m",), tuple(FACTS)), kept)
+    assert removed.facts == tuple(FACTS[i] for i in kept)
+    found = method.factors(removed)["m"].dense()
+    assert (found - whole.factors.dense()).abs().max() > 1e-2
+    torch.testing.assert_close(found, alone.factors.dense(), atol=1e-5, rtol=1e-5)
 
 
 # --- order ------------------------------------------------------------------------------------------------------------

@@ -92,7 +92,11 @@ class Steam:
         return Fit(tensors, modules, (*(previous.facts if previous else ()), *ordered), notes)
 
     def remove(self, fit: Fit, keep: Sequence[int]) -> Fit:
-        """The same edit with only the facts `keep`: each weight's update is solved again from its stored gram matrix."""
+        """The same edit with only the facts `keep`: each weight's update is solved again from its stored gram matrix.
+
+        In one layer that is the edit of the same values without the other facts. Of several layers, the upper ones keep the
+        residuals that they were given with those facts in force below.
+        """
         keep = list(keep)
         tensors: dict[str, torch.Tensor] = {}
         for module in fit.modules:
