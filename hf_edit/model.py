@@ -258,7 +258,8 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         asked = time.perf_counter() - started
         state = self._packs.copy(), self._active
         try:
-            self._put(*self._without(superseded(self.list_edits(), wanted), but_in=pack_name))
+            if replaced := superseded(self.list_edits(), wanted):
+                self._put(*self._without(replaced, but_in=pack_name))
             pack = self._fit(wanted, method, settings, pack_name, seed, progress)
             fitted = time.perf_counter() - started - asked
             active = (*(n for n in self._active if n != pack_name), pack_name)

@@ -206,7 +206,7 @@ def test_a_configuration_that_was_changed_by_hand(world, pack):
     config = json.loads(path.read_text())
     config["seed"] += 1
     path.write_text(json.dumps(config))
-    world.refuses(pack, PackFormatError, "is not as the pack was saved")
+    world.refuses(pack, PackFormatError, "was changed since the pack was saved")
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x00b", "\x1b[2J", "", "  ", "a\u202eb"])
