@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -112,10 +113,15 @@ def _open(path: Path, folder: Path) -> int:
 
 
 def _is_blob(real: Path, home: Path) -> bool:
-    """Whether a file lies where the Hub's cache keeps the contents of this very repository's snapshots."""
+    """Whether a file lies where the Hub's cache keeps the contents of this very repository's snapshots: with the repository,
+    or, since huggingface_hub 2, with those of all repositories, by hash."""
     for parent in (home, *home.parents):
         if parent.parent.name == "snapshots":
-            return real.is_relative_to(parent.parent.parent / "blobs")
+            repository = parent.parent.parent
+            shared = repository.parent / "blobs"
+            return real.is_relative_to(repository / "blobs") or (
+                real.is_relative_to(shared) and re.fullmatch(r"[0-9a-f]{64}", real.name) is not None
+            )
     return False
 
 
