@@ -110,11 +110,14 @@ def test_a_merged_pack_is_a_plain_model_that_answers_as_the_edited_one(pack, tmp
     assert "nothing to merge" in capsys.readouterr().err
 
 
-def test_an_adapter_is_what_the_pack_exports(pack, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(EditPack, "export_peft", lambda self, folder: folder.mkdir(), raising=False)
+def test_an_adapter_is_what_the_pack_exports(pack, tmp_path, capsys):
     assert _run("export-peft", pack, "--output", tmp_path / "adapter") == 0
     assert str(tmp_path / "adapter") in capsys.readouterr().out
-    assert (tmp_path / "adapter").is_dir()
+    EditPack.from_pretrained(pack).export_peft(tmp_path / "same")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "adapter" / name).stat().st_size == (tmp_path / "same" / name).stat().st_size
+    assert _run("export-peft", pack, "--output", pack) == 1
+    assert "folder of its own" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -495,37 +495,41 @@ print(json.dumps({"shas": shas, "after": model.ask(facts[0].question)}))
 """
 _LOAD_AND_ASK = """
 import json, sys
-from hf_edit import EditableModelForCausalLM
-sha, prompt, plain = sys.argv[1:]
+from hf_edit import EditableModelForCausalLM, EditPack
+sha, prompt, plain, adapter = sys.argv[1:]
 for revision in (None, sha):
     model = EditableModelForCausalLM.from_pretrained("me/lyon", revision=revision)
     print(json.dumps({"facts": len(model.list_edits()), "answer": model.ask(prompt)}))
 model = EditableModelForCausalLM.from_pretrained("me/lyon", local_files_only=True)
 model.merge_and_unload().save_pretrained(plain)
 model.tokenizer.save_pretrained(plain)
+EditPack.from_pretrained("me/lyon", local_files_only=True).export_peft(adapter)
 """
 _LOAD_PLAIN = """
 import json, sys
 sys.modules["hf_edit"] = None  # it can't be imported
 from transformers import AutoModelForCausalLM, AutoTokenizer
-plain, prompt = sys.argv[1:]
-model, tokenizer = AutoModelForCausalLM.from_pretrained(plain), AutoTokenizer.from_pretrained(plain)
+prompt, plain, adapter = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(plain)
 inputs = tokenizer(prompt, return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1]:]
-print(json.dumps([tokenizer.decode(output, skip_special_tokens=True)]))
+for folder in (plain, adapter):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    output = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+    print(json.dumps([tokenizer.decode(output, skip_special_tokens=True)]))
 """
 
 
-def test_edit_push_load_by_id_and_by_sha_ask_and_merge_each_in_a_fresh_process(hub, tmp_path):
+def test_edit_push_load_by_id_and_by_sha_ask_merge_and_export_in_fresh_processes(hub, tmp_path):
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact.to_dict()) + "\n" for fact in FACTS[:2]))
     settings = json.dumps({**QUICK_STEAM, "steps": 10})
     prompt = FACTS[0].question
     (made,) = _in_a_fresh_process(_EDIT_AND_PUSH, hub, tmp_path / "a", BASE, tmp_path / "facts.jsonl", settings)
     assert len(hub.xet.files) == 2
     assert not hub.asked("storage PUT")
-    latest, first = _in_a_fresh_process(_LOAD_AND_ASK, hub, tmp_path / "b", made["shas"][0], prompt, tmp_path / "plain")
+    written = tmp_path / "plain", tmp_path / "adapter"
+    latest, first = _in_a_fresh_process(_LOAD_AND_ASK, hub, tmp_path / "b", made["shas"][0], prompt, *written)
     assert (latest["facts"], first["facts"]) == (2, 1)
     assert latest["answer"] == made["after"]
     assert hub.asked("storage GET /xorbs/")
     assert not any(hub.token("me") in str(request.headers) for request in hub.asked("^storage"))
-    assert _in_a_fresh_process(_LOAD_PLAIN, hub, tmp_path / "c", tmp_path / "plain", prompt) == [made["after"]]
+    assert _in_a_fresh_process(_LOAD_PLAIN, hub, tmp_path / "c", prompt, *written) == [made["after"]] * 2
