@@ -148,7 +148,7 @@ class EditPack(PushToHub):
         }
         found = hashlib.sha256(_sha256_of_json(about).encode())
         for _, tensor in sorted(self.tensors.items()):
-            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return found.hexdigest()
 
     def __add__(self, other: EditPack) -> EditPack:

@@ -286,7 +286,7 @@ def test_an_edit_interrupted_anywhere_leaves_the_model_as_it_was(world, two, mon
 
     # interrupts in the middle of what must be done whole come when it is done
     points = 0
-    while edit(1 + 5 * points):
+    while edit(1 + 13 * points):
         points += 1
         assert same(edited, model.base_model), points
         assert model.active_packs == ["a"]
