@@ -26,7 +26,6 @@ from hf_edit.pack import describe_base, versions
 _MEASURED = """
 import resource, sys, time
 import ahocorasick, torch
-from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_edit import EditableModelForCausalLM
 import hf_edit.methods.lks, hf_edit.methods.steam
@@ -67,11 +66,11 @@ def random_steam(base: Base, count: int) -> Fit:
 
 
 def random_lks(model: EditableModelForCausalLM, count: int) -> EditPack:
-    """An LKS edit of one fact, trained for a step, whose features are then those of many."""
+    """An LKS edit of one fact, trained for a step, whose row in each tensor is then repeated for many."""
     model.edit(facts(1), "lks", epochs=1, min_steps=1, contexts=0, locality_prompts=0, tail_tokens=0, verify=False)
     pack = model.packs["default"]
     model.rollback()
-    tensors = {n: t.expand(count, *t.shape[1:]).contiguous() if n == "features" else t for n, t in pack.tensors.items()}
+    tensors = {n: t.expand(count, *t.shape[1:]).contiguous() if len(t) == 1 else t for n, t in pack.tensors.items()}
     return EditPack("lks", pack.config, Fit(tensors, pack.fit.modules, tuple(facts(count))), pack.base, 0, pack.versions)
 
 
