@@ -165,6 +165,7 @@ QUICK_STEAM = {
     "covariance_weight": 0.01,
 }
 QUICK_LKS = {
+    "editor": "none",
     "contexts": 1,
     "context_length": 4,
     "min_steps": 80,

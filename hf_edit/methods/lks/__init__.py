@@ -2,6 +2,7 @@
 state of an entity as it passes a middle block."""
 
 from .config import LKSConfig
+from .editor import LKSEditor
 from .method import LKS
 
-__all__ = ["LKS", "LKSConfig"]
+__all__ = ["LKS", "LKSConfig", "LKSEditor"]
