@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     )
     from .facts import Fact, Question, read_facts
     from .methods import available_methods, register_method
-    from .methods.lks import LKSConfig
+    from .methods.lks import LKSConfig, LKSEditor
     from .methods.steam import SteamConfig
     from .model import EditableModelForCausalLM
     from .pack import EditPack
@@ -49,7 +49,7 @@ _HOMES = {
     ),
     "facts": ("Fact", "Question", "read_facts"),
     "methods": ("available_methods", "register_method"),
-    "methods.lks": ("LKSConfig",),
+    "methods.lks": ("LKSConfig", "LKSEditor"),
     "methods.steam": ("SteamConfig",),
     "model": ("EditableModelForCausalLM",),
     "pack": ("EditPack",),
@@ -69,6 +69,7 @@ __all__ = [
     "HfEditError",
     "KeyStatistics",
     "LKSConfig",
+    "LKSEditor",
     "MergeError",
     "PackFormatError",
     "PackSecurityError",

@@ -4,5 +4,6 @@ state of an entity as it passes a middle block."""
 from .config import LKSConfig
 from .editor import LKSEditor
 from .method import LKS
+from .swap import swap_entity
 
-__all__ = ["LKS", "LKSConfig", "LKSEditor"]
+__all__ = ["LKS", "LKSConfig", "LKSEditor", "swap_entity"]

@@ -35,8 +35,8 @@ __all__ = ["LKSEditor", "block_of", "open_editor"]
 CONFIG_FILE, TENSORS_FILE = "editor_config.json", "editor.safetensors"
 _FORMAT = 1
 _DEPTH = 0.55
-_BANK_FACTS = 2400
-_BANK_EPOCHS = 4
+_BANK_FACTS = 1200
+_BANK_EPOCHS = 3
 _KEYS: dict[str, Any] = {
     "format_version": int,
     "generator": str,

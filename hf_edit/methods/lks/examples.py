@@ -25,7 +25,7 @@ from .scope import Scope, mentions_in_tokens
 
 __all__ = ["Example", "Examples", "build_examples"]
 
-_TAILS = 1500  # facts that get a tail: how to go on is learnt for all facts alike
+_TAILS = 400  # facts that get a tail, at most: how to go on is learnt for all facts alike
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def make_generator(form: str, hidden: int, width: int, slots: int) -> Generator:
 
 
 def generator_of(form: str, state: Mapping[str, torch.Tensor]) -> Generator:
-    """A trained generator from its tensors.
+    """A trained generator from its tensors, which are copied: memory of their own gives equal bits, wherever they were read.
 
     Raises:
         KeyError, ValueError, RuntimeError: they are not those of the form; nothing large is allocated before that is clear.
@@ -172,7 +172,7 @@ def generator_of(form: str, state: Mapping[str, torch.Tensor]) -> Generator:
     hidden = len(state["out.bias"]) if form in ("context", "residual") else first.shape[1]
     with torch.device("meta"):
         generator = make_generator(form, hidden, len(first), first.shape[1] // hidden)
-    generator.load_state_dict(state, assign=True)
+    generator.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
     return generator.requires_grad_(False)
 
 

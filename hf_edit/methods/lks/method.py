@@ -57,12 +57,11 @@ class LKS:
         if previous is None:
             editor = open_editor(base, config, seed, progress)
             block, trained = editor.layer, editor.num_facts > 0
-            generator = generator_of(config.generator, editor.generator.state_dict())
+            start = editor.generator
         else:
             block, trained = _block_of(previous.modules[0]), True
-            generator = _loaded(config, previous)
-        start = generator_of(config.generator, generator.state_dict())
-        generator.to(base.device)
+            start = _loaded(config, previous)
+        generator = generator_of(config.generator, start.state_dict()).to(base.device)
         with frozen(base.model):
             features = read_features(base, block, facts, generator.slots).to(base.device)
             if config.train:
@@ -82,18 +81,7 @@ class LKS:
         return Fit(tensors, (f"{layout.blocks_path}.{block}",), everything)
 
     def remove(self, fit: Fit, keep: Sequence[int]) -> Fit:
-        """The same edit with only the facts `keep`: the others leave the scope, the generator and all other codes stay.
-
-        Raises:
-            ValueError: a fact to take out shares its subject with one that stays; both live in one state.
-        """
-        kept = {fit.facts[i].subject.casefold() for i in keep}
-        shared = next((f for i, f in enumerate(fit.facts) if i not in set(keep) and f.subject.casefold() in kept), None)
-        if shared is not None:
-            raise ValueError(
-                f"{shared.question!r} shares its subject with facts that would stay, and LKS keeps them in one state; take all "
-                f"facts about {shared.subject!r} out and edit the others again"
-            )
+        """The same edit with only the facts `keep`: the others leave the scope, the generator and all other codes stay."""
         tensors = {**fit.tensors, _CODES: fit.tensors[_CODES][list(keep)].clone()}
         return Fit(tensors, fit.modules, tuple(fit.facts[i] for i in keep))
 
@@ -126,7 +114,7 @@ class LKS:
         """See `hf_edit.methods.Method.attach`."""
         entities = _Entities.of(fit.facts)
         generator = _loaded(config, fit).to(base.device)
-        codes = entities.pooled(fit.tensors[_CODES].to(base.device))
+        codes = fit.tensors[_CODES][[facts[-1] for facts in entities.facts()]].to(base.device)
         return LKSAttachment(base, _block_of(fit.modules[0]), entities.scope, generator, codes)
 
 
@@ -150,12 +138,12 @@ class _Entities:
         keys = {key: i for i, key in enumerate(names)}
         return cls(Scope(list(names.values())), tuple(keys[f.subject.casefold()] for f in facts))
 
-    def pooled(self, codes: torch.Tensor) -> torch.Tensor:
-        """One code an entity, the mean of its facts': [facts, size] to [entities, size]."""
-        owner = torch.tensor(self.of_fact, device=codes.device)
-        counts = owner.bincount()
-        sums = codes.new_zeros(len(counts), codes.shape[1]).index_add(0, owner, codes)
-        return sums / counts[:, None]
+    def facts(self) -> list[list[int]]:
+        """For each entity, the numbers of its facts, the newest last."""
+        found: list[list[int]] = [[] for _ in range(1 + max(self.of_fact))]
+        for fact, entity in enumerate(self.of_fact):
+            found[entity].append(fact)
+        return found
 
 
 def _loaded(config: LKSConfig, fit: Fit) -> Generator:
