@@ -210,16 +210,14 @@ class SuffixBatch:
         before = torch.tensor([[int(j < s.cut) for j in range(prefix)] for s in spans], device=device, dtype=mask.dtype)
         self._mask = torch.cat([before.reshape(len(spans), prefix), mask], dim=1)
         self._positions = _positions(self._mask)[:, prefix:]
-        pieces = [s.pieces() for s in spans]
+        pieces = [[piece.to(device) for piece in s.pieces()] for s in spans]
         self.inputs = None
         if cache.start:
             states = nn.utils.rnn.pad_sequence([own.pop(0) for own in pieces], batch_first=True)
-            self.inputs = states.to(device, cache.model.get_input_embeddings().weight.dtype)
+            self.inputs = states.to(cache.model.get_input_embeddings().weight.dtype)
         # a text that is cut at its first token has none, and others in the batch may have some
         shapes = next((own for own in pieces if own), [])
-        padded = [
-            _pad_heads([own[n] if own else like[:, :0] for own in pieces], prefix).to(device) for n, like in enumerate(shapes)
-        ]
+        padded = [_pad_heads([own[n] if own else like[:, :0] for own in pieces], prefix) for n, like in enumerate(shapes)]
         self._keys, self._values = (padded[0::2], padded[1::2]) if prefix else ([], [])
 
     def column(self, row: int, position: int) -> int:

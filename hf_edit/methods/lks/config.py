@@ -32,7 +32,9 @@ class LKSConfig(EditConfig):
         "fact alone; 'linear' and 'mlp' overwrite the state, as the paper's released forms do",
     )
     width: float = setting(2.0, "hidden width of 'context' and 'residual', relative to the model's")
-    target_tokens: int = setting(8, "tokens of the target that 'context' and 'residual' are shown, beside its last state")
+    target_tokens: int = setting(
+        4, "places for the target's tokens in what 'context' and 'residual' are shown, the last one for all that are left"
+    )
     editor: Any = setting(
         "bank",
         "what training begins with: 'bank', a generator trained on the shipped bank once a model and kept; 'none', an "

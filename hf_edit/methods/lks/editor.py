@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -27,7 +26,7 @@ from .bank_facts import bank_facts
 from .config import LKSConfig
 from .examples import build_examples
 from .features import general_states, read_features
-from .generator import FORMS, Generator, generator_of, make_generator
+from .generator import FORMS, Generator, generator_of, make_generator, packed
 from .training import train
 
 __all__ = ["LKSEditor", "block_of", "open_editor"]
@@ -110,7 +109,7 @@ class LKSEditor:
         """Write the editor's two files into a folder, each replaced whole; `editor_config.json` comes last."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.generator.state_dict().items()}
+        tensors = {name: t.contiguous() for name, t in packed(self.generator).items()}
         with atomic_path(folder / CONFIG_FILE) as config_path, atomic_path(folder / TENSORS_FILE) as tensors_path:
             save_file(dict(sorted(tensors.items())), tensors_path, {"format": "pt", "hf_edit_format": str(_FORMAT)})
             config = {
@@ -147,8 +146,11 @@ class LKSEditor:
             generator = generator_of(config["generator"], tensors)
         except (SafetensorError, KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
             raise PackFormatError(f"{path} does not hold a generator of the form {config['generator']!r}: {error}") from error
-        if any(t.dtype != torch.float32 or not bool(t.isfinite().all()) for t in tensors.values()):
-            raise PackFormatError(f"{path} holds a tensor that is not float32, or NaN or infinity")
+        expected = {name: t.dtype for name, t in packed(generator).items()}
+        if {name: t.dtype for name, t in tensors.items()} != expected or not all(
+            bool(t.isfinite().all()) for t in tensors.values()
+        ):
+            raise PackFormatError(f"{path} holds a tensor of another precision than an editor's, or NaN or infinity")
         known = (config["base_fingerprint"], config["tokenizer_fingerprint"], config["num_facts"])
         return cls(config["generator"], config["layer"], generator, *known)
 
@@ -229,7 +231,7 @@ def _train(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: int, prog
             path = checkpoint_path(base, facts, settings, start.generator, seed)
             train(base, start.layer, generator, features, examples, settings, seed, progress, path)
     known = (base.fingerprint, base.tokenizer_fingerprint, start.num_facts + len(facts))
-    return LKSEditor(start.form, start.layer, generator.cpu(), *known)
+    return LKSEditor(start.form, start.layer, generator_of(start.form, packed(generator)), *known)
 
 
 def checkpoint_path(base: Base, facts: Sequence[Fact], config: LKSConfig, start: Generator, seed: int) -> Path:

@@ -30,7 +30,7 @@ def read_features(base: Base, block: int, facts: Sequence[Fact], slots: int) -> 
 
     Returns:
         float32 [facts, slots, hidden]: the block's output at the target's last token, then the input embeddings of the
-        target's first `slots - 1` tokens. Zeros where the target is shorter.
+        target's tokens one by one, the mean of all that are left in the last slot. Zeros where the target is shorter.
     """
     return _features(base, block, encode(base.tokenizer, [fact_text(f, target=f.target) for f in facts]), slots)
 
@@ -55,9 +55,12 @@ def _features(base: Base, block: int, texts: Sequence[EncodedText], slots: int) 
     features = last.new_zeros(len(texts), slots, last.shape[1])
     features[:, 0] = last
     table = base.model.get_input_embeddings()
-    for n, text in enumerate(texts):
-        ids = torch.tensor(text.labels[: slots - 1], device=table.weight.device, dtype=torch.long)
-        features[n, 1 : 1 + len(ids)] = table.weight.detach()[ids].to(features)
+    for n, text in enumerate(texts if slots > 1 else ()):
+        tokens = table.weight.detach()[torch.tensor(text.labels, device=table.weight.device)].to(features)
+        apart = min(len(tokens), slots - 2)
+        features[n, 1 : 1 + apart] = tokens[:apart]
+        if len(tokens) > apart:
+            features[n, 1 + apart] = tokens[apart:].mean(0)
     return features
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "ResidualGenerator",
     "generator_of",
     "make_generator",
+    "packed",
 ]
 
 _MLP = 4  # hidden width of the paper's MLP, relative to the model's
@@ -29,8 +30,8 @@ class Generator(nn.Module):
     """Base of the forms.
 
     Attributes:
-        slots: how many vectors of a feature the generator reads: the state at the target's last token, then one for each of
-            the target's first tokens (see `hf_edit.methods.lks.features`).
+        slots: how many vectors of a feature the generator reads: the state at the target's last token, then the target's
+            tokens (see `hf_edit.methods.lks.features`).
         code_size: numbers in a code.
         hidden: width of the model.
     """
@@ -65,7 +66,7 @@ class OverwriteGenerator(Generator):
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.code_size = self.hidden = hidden
-        self.map = nn.Linear(hidden, hidden)
+        self.map: nn.Module = nn.Linear(hidden, hidden)
 
     def encode(self, features: torch.Tensor) -> torch.Tensor:
         return self.map(features[:, 0])
@@ -172,8 +173,16 @@ def generator_of(form: str, state: Mapping[str, torch.Tensor]) -> Generator:
     hidden = len(state["out.bias"]) if form in ("context", "residual") else first.shape[1]
     with torch.device("meta"):
         generator = make_generator(form, hidden, len(first), first.shape[1] // hidden)
-    generator.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
+    copies = {name: torch.empty_like(t, dtype=torch.float32).copy_(t.detach()) for name, t in state.items()}
+    generator.load_state_dict(copies, assign=True)
     return generator.requires_grad_(False)
+
+
+def packed(generator: Generator) -> dict[str, torch.Tensor]:
+    """A generator's tensors as they are kept, on the CPU: matrices in half precision. Means and deviations may be too large
+    for that, and are few."""
+    state = {name: t.detach().cpu() for name, t in generator.state_dict().items()}
+    return {name: t.to(torch.float16 if t.dim() == 2 else torch.float32, copy=True) for name, t in state.items()}
 
 
 def _filled(tokens: torch.Tensor) -> torch.Tensor:

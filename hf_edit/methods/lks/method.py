@@ -18,7 +18,7 @@ from .config import LKSConfig
 from .editor import checkpoint_path, open_editor
 from .examples import build_examples
 from .features import read_features
-from .generator import Generator, generator_of
+from .generator import Generator, generator_of, packed
 from .scope import Scope
 from .training import train
 
@@ -75,7 +75,7 @@ class LKS:
             else:
                 codes = generator.encode(features)
         codes = codes.detach().float().cpu()
-        tensors = {_PREFIX + name: t.detach().float().cpu().clone() for name, t in generator.state_dict().items()}
+        tensors = {_PREFIX + name: t for name, t in packed(generator).items()}
         tensors[_CODES] = codes if previous is None else torch.cat([previous.tensors[_CODES], codes])
         everything = (*(previous.facts if previous else ()), *facts)
         return Fit(tensors, (f"{layout.blocks_path}.{block}",), everything)
@@ -94,9 +94,10 @@ class LKS:
             generator = _loaded(config, fit)
         except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
             raise PackFormatError(f"the pack's tensors are not those of an LKS generator: {str(error)[:300]}") from error
-        known = {_CODES, *(_PREFIX + name for name in generator.state_dict())}
-        if fit.tensors.keys() != known or any(t.dtype != torch.float32 for t in fit.tensors.values()):
-            wrong = sorted(fit.tensors.keys() ^ known)
+        known = {_CODES: codes.dtype, **{_PREFIX + name: t.dtype for name, t in packed(generator).items()}}
+        found = {name: t.dtype for name, t in fit.tensors.items()}
+        if found != known:
+            wrong = sorted(found.keys() ^ known.keys())
             raise PackFormatError(f"the pack's tensors are not those of an LKS generator: {', '.join(wrong)[:300] or 'dtype'}")
         if codes.shape[1] != generator.code_size:
             raise PackFormatError(f"the pack's codes have {codes.shape[1]} numbers, its generator reads {generator.code_size}")

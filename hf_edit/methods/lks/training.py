@@ -54,7 +54,8 @@ class Codes(nn.Module):
     @torch.no_grad()
     def all(self, generator: Generator) -> torch.Tensor:
         """All facts' codes, [facts, size]."""
-        return torch.cat([self(generator, part) for part in torch.arange(len(self.features)).split(1024)])
+        every = torch.arange(len(self.features), device=self.features.device)
+        return torch.cat([self(generator, part) for part in every.split(1024)])
 
 
 class _Cached:
@@ -117,11 +118,11 @@ class _Cached:
             nll = (nn.functional.cross_entropy(out.logits[: len(labels)], wanted, reduction="none") * weights).sum()
             total = total + nll
         if kept:
-            tokens = torch.cat([self.clean[i][0] for i in indices if len(self.clean[i][0])]).to(total.device).long()
-            clean = torch.cat([self.clean[i][1] for i in indices if len(self.clean[i][1])]).to(total.device).float()
+            of_kept = [self.clean[i] for i in indices if self.examples[i].kept]
+            tokens, clean = (torch.cat([t.to(total.device) for t in part]) for part in zip(*of_kept, strict=True))
             share = {True: config.tail_weight, False: config.kl_weight}
             weights = torch.tensor([share[bool(e.labels)] / len(e.kept) for e in chosen for _ in e.kept], device=total.device)
-            total = total + (_kl(out.logits[len(labels) :], tokens, clean) * weights).sum()
+            total = total + (_kl(out.logits[len(labels) :], tokens.long(), clean) * weights).sum()
         return total / len(chosen), nll.detach() / max(1, sum(bool(e.labels) for e in chosen))
 
 
