@@ -171,6 +171,7 @@ QUICK_LKS = {
     "min_steps": 80,
     "width": 1.0,
     "lr": 1e-2,
+    "code_lr": 0.2,
     "tail_tokens": 2,
     "locality_prompts": 1,
 }

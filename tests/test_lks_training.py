@@ -111,7 +111,7 @@ def test_facts_that_join_a_pack_leave_the_others_as_they_were(llama):
     _edit(llama, FACTS[:2])
     before = llama.packs["default"]
     answers = [_logits(llama, f.question) for f in FACTS[:2]]
-    report = _edit(llama, FACTS[2:], verify=True, code_lr=0.1)
+    report = _edit(llama, FACTS[2:], verify=True)
     assert _gain(report) > 0.3, str(report)
     joined = llama.packs["default"]
     assert torch.equal(joined.tensors["codes"][:2], before.tensors["codes"])

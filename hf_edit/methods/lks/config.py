@@ -36,9 +36,9 @@ class LKSConfig(EditConfig):
         4, "places for the target's tokens in what 'context' and 'residual' are shown, the last one for all that are left"
     )
     editor: Any = setting(
-        "bank",
-        "what training begins with: 'bank', a generator trained on the shipped bank once a model and kept; 'none', an "
-        "untrained one, as the released forms always do; the folder of an `LKSEditor`, or an `LKSEditor`",
+        "none",
+        "what training begins with: 'none', an untrained generator, as the released forms always do; 'bank', one that is "
+        "trained on the shipped bank once a model and kept; the folder of an `LKSEditor`, or an `LKSEditor`",
     )
     train: bool = setting(True, "False edits without training, from the facts' features alone; see `LKSEditor`")
     epochs: int | None = setting(

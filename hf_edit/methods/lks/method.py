@@ -52,7 +52,9 @@ class LKS:
         if (short := _single_letter(facts)) is not None:
             raise ValueError(f"LKS can't look for {short!r}: a single letter would be found everywhere; use method='steam'")
         if not config.train and (config.released or config.editor == "none"):
-            raise ValueError("train=False edits by a generator that was trained beforehand; give one: editor=...")
+            raise ValueError(
+                "train=False edits by a generator that was trained beforehand; give one: editor='bank', or the folder of an LKSEditor"
+            )
         layout = base.layout()
         if previous is None:
             editor = open_editor(base, config, seed, progress)
