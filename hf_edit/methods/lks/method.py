@@ -53,7 +53,7 @@ class LKS:
             raise ValueError(f"LKS can't look for {short!r}: a single letter would be found everywhere; use method='steam'")
         if not config.train and (config.released or config.editor == "none"):
             raise ValueError(
-                "train=False edits by a generator that was trained beforehand; give one: editor='bank', or the folder of an LKSEditor"
+                "train=False edits by a generator that was trained beforehand; give one: editor='bank' or a folder"
             )
         layout = base.layout()
         if previous is None:
