@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from .facts import Fact, Question, read_facts
     from .methods import available_methods, register_method
-    from .methods.lks import LKSConfig
+    from .methods.lks import LKSConfig, LKSEditor
     from .methods.steam import SteamConfig
     from .model import EditableModelForCausalLM
     from .pack import EditPack
@@ -51,7 +51,7 @@ _HOMES = {
     ),
     "facts": ("Fact", "Question", "read_facts"),
     "methods": ("available_methods", "register_method"),
-    "methods.lks": ("LKSConfig",),
+    "methods.lks": ("LKSConfig", "LKSEditor"),
     "methods.steam": ("SteamConfig",),
     "model": ("EditableModelForCausalLM",),
     "pack": ("EditPack",),
@@ -72,6 +72,7 @@ __all__ = [
     "HubError",
     "KeyStatistics",
     "LKSConfig",
+    "LKSEditor",
     "MergeError",
     "PackFormatError",
     "PackSecurityError",

@@ -303,10 +303,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             if not kept:
                 previous = None
             elif len(kept) < len(previous.facts):
-                # what is no change of weights is trained anew, and only needs to know which facts remain
-                facts_left = tuple(previous.facts[i] for i in kept)
-                fit = how.remove(previous.fit, kept) if how.in_weights else replace(previous.fit, facts=facts_left)
-                previous = replace(previous, fit=fit)
+                previous = replace(previous, fit=how.remove(previous.fit, kept))
         under = [self._packs[n] for n in self._active if n != pack_name and get_method(self._packs[n].method).in_weights]
         if previous is not None and how.in_weights:
             under.append(previous)

@@ -11,6 +11,7 @@ the edit hand on what they get, and a cache holds the clean keys and values.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 Hook = Callable[[torch.Tensor], torch.Tensor]
+Keep = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,32 @@ class Outputs:
 
 @dataclass
 class Span:
-    """One text's share of a cache.
+    """One text's share of a cache. Its tensors lie in one piece, which a cache of many texts needs: a tensor for each text
+    and block would cost more than what it holds.
 
     Attributes:
         ids: all token ids.
         cut: index of the first token that runs.
-        inputs: [tokens - cut, hidden], the clean input of the first block that runs; None where that is block 0.
-        keys, values: for each block that runs, [heads, cut, head size].
+        kept: the pieces in a row, [numbers].
+        shapes: of the pieces: the clean input of the first block that runs, [tokens - cut, hidden], unless that is block 0;
+            then, for each block that runs, keys and values, [heads, cut, head size].
     """
 
     ids: tuple[int, ...]
     cut: int
-    inputs: torch.Tensor | None
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
+    kept: torch.Tensor
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, ids: tuple[int, ...], cut: int, pieces: Sequence[torch.Tensor], keep: Keep) -> Span:
+        """A text's share from its pieces."""
+        flat = torch.cat([piece.reshape(-1) for piece in pieces]) if pieces else torch.empty(0)
+        return cls(ids, cut, keep(flat), tuple(tuple(piece.shape) for piece in pieces))
+
+    def pieces(self) -> list[torch.Tensor]:
+        """The pieces, each in its shape."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        return [piece.view(shape) for piece, shape in zip(self.kept.split(sizes), self.shapes, strict=True)] if sizes else []
 
 
 class SuffixCache:
@@ -77,13 +91,16 @@ class SuffixCache:
         model: the causal language model.
         layout: its blocks.
         start: the first block that runs.
+        keep: puts a tensor away and gives back the one to read later: in another precision, or mapped from a file. By default
+            tensors stay as they are.
     """
 
-    def __init__(self, model: Any, layout: Layout, start: int) -> None:
+    def __init__(self, model: Any, layout: Layout, start: int, keep: Keep = lambda tensor: tensor) -> None:
         self.model = model
         self.layout = layout
         self.start = start
         self.spans: list[Span] = []
+        self._keep = keep
         self._tuples = False  # whether the block in front of the start returns a tuple
 
     @torch.no_grad()
@@ -158,13 +175,10 @@ class SuffixCache:
         blocks = range(self.start, len(self.layout)) if cache is not None else range(0)
         for i, row in enumerate(rows):
             cut, length = cuts[row], len(texts[row])
-            spans[row] = Span(
-                ids=tuple(texts[row]),
-                cut=cut,
-                inputs=inputs[0][i, cut - before : length - before].clone() if inputs else None,
-                keys=[cache.layers[b].keys[i, :, :cut].clone() for b in blocks] if cache is not None else [],
-                values=[cache.layers[b].values[i, :, :cut].clone() for b in blocks] if cache is not None else [],
-            )
+            pieces = [inputs[0][i, cut - before : length - before]] if inputs else []
+            if cache is not None:
+                pieces += [t[i, :, :cut] for b in blocks for t in (cache.layers[b].keys, cache.layers[b].values)]
+            spans[row] = Span.of(tuple(texts[row]), cut, pieces, self._keep)
         return outputs
 
     def _run_prefix(self, ids: Sequence[int]) -> DynamicCache:
@@ -197,11 +211,15 @@ class SuffixBatch:
         before = torch.tensor([[int(j < s.cut) for j in range(prefix)] for s in spans], device=device, dtype=mask.dtype)
         self._mask = torch.cat([before.reshape(len(spans), prefix), mask], dim=1)
         self._positions = _positions(self._mask)[:, prefix:]
+        pieces = [[piece.to(device) for piece in s.pieces()] for s in spans]
         self.inputs = None
-        if spans[0].inputs is not None:
-            self.inputs = nn.utils.rnn.pad_sequence([s.inputs for s in spans if s.inputs is not None], batch_first=True)
-        self._keys = [_pad_heads([s.keys[b] for s in spans], prefix) for b in range(len(spans[0].keys))] if prefix else []
-        self._values = [_pad_heads([s.values[b] for s in spans], prefix) for b in range(len(spans[0].values))] if prefix else []
+        if cache.start:
+            states = nn.utils.rnn.pad_sequence([own.pop(0) for own in pieces], batch_first=True)
+            self.inputs = states.to(cache.model.get_input_embeddings().weight.dtype)
+        # a text that is cut at its first token has none, and others in the batch may have some
+        shapes = next((own for own in pieces if own), [])
+        padded = [_pad_heads([own[n] if own else like[:, :0] for own in pieces], prefix) for n, like in enumerate(shapes)]
+        self._keys, self._values = (padded[0::2], padded[1::2]) if prefix else ([], [])
 
     def column(self, row: int, position: int) -> int:
         """The column, in this batch's suffixes, of a token position of the row's whole text."""

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from .base import Base, seeded
 from .facts import Fact
 from .positions import encode, fact_text, pad
+from .progress import bar
 
 __all__ = ["STARTERS", "generate_ids", "sample_contexts", "sample_ids", "target_tails"]
 
@@ -132,14 +133,18 @@ def sample_contexts(base: Base, count: int, length: int, seed: int) -> list[str]
     return [" ".join(text.replace("{", " ").replace("}", " ").split()).rstrip(" .,;:") + ". " for text in decoded]
 
 
-def target_tails(base: Base, facts: Sequence[Fact], length: int) -> list[list[int]]:
+def target_tails(base: Base, facts: Sequence[Fact], length: int, progress: bool = False) -> list[list[int]]:
     """How the model, as it stands, goes on once a fact's target has been said, without saying its first token again: up to
     `length` token ids for each fact. As tokens, because as text they could merge with the target."""
     if not length:
         return [[] for _ in facts]
     texts = encode(base.tokenizer, [fact_text(f, target=f.target) for f in facts])
-    tails: list[list[int]] = []
-    for first in range(0, len(texts), 64):
-        group = texts[first : first + 64]
-        tails += generate_ids(base, [t.ids for t in group], length, [t.labels[0] for t in group])
-    return tails
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
+    tails: dict[int, list[int]] = {}
+    with bar(len(texts), "going on behind targets", "text", progress) as shown:
+        for first in range(0, len(order), 64):
+            group = [texts[i] for i in order[first : first + 64]]
+            made = generate_ids(base, [t.ids for t in group], length, [t.labels[0] for t in group])
+            tails.update(zip(order[first : first + 64], made, strict=True))
+            shown.update(len(group))
+    return [tails[i] for i in range(len(texts))]

@@ -165,11 +165,13 @@ QUICK_STEAM = {
     "covariance_weight": 0.01,
 }
 QUICK_LKS = {
+    "editor": "none",
     "contexts": 1,
     "context_length": 4,
     "min_steps": 80,
     "width": 1.0,
     "lr": 1e-2,
+    "code_lr": 0.2,
     "tail_tokens": 2,
     "locality_prompts": 1,
 }

@@ -8,7 +8,7 @@ from conftest import QUICK_LKS, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from hf_edit import EditableModelForCausalLM, Fact
-from hf_edit.methods.lks.generator import Generator
+from hf_edit.methods.lks.generator import make_generator
 from hf_edit.methods.lks.scope import Scope, mentions_in_tokens
 from hf_edit.positions import pad
 
@@ -68,10 +68,18 @@ def test_mentions_are_found_in_token_sequences_that_no_tokenizer_would_choose(to
         assert tokenizer.decode(ids[: last + 1]) == "so Ann"
 
 
-def test_an_untrained_generator_changes_nothing():
-    generator = Generator(8, 16)
-    states = torch.randn(3, 8)
-    assert torch.equal(generator(generator.encode(torch.randn(3, 8)), states), states)
+@pytest.mark.parametrize("form", ["context", "residual"])
+def test_an_untrained_generator_changes_nothing(form):
+    generator = make_generator(form, hidden=8, width=16, slots=3)
+    states = torch.randn(5, 8)
+    assert torch.equal(generator(generator.encode(torch.randn(5, 3, 8)), states), states)
+
+
+@pytest.mark.parametrize("form", ["linear", "mlp"])
+def test_the_released_forms_overwrite_whatever_stood_there(form):
+    generator = make_generator(form, hidden=8, width=16, slots=3)
+    codes = generator.encode(torch.randn(5, 1, 8))
+    assert torch.equal(generator(codes, torch.randn(5, 8)), generator(codes, torch.randn(5, 8)))
 
 
 @pytest.fixture(params=["llama", "gptj", "gpt2"])  # gptj: blocks that return tuples

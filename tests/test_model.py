@@ -357,15 +357,6 @@ def test_an_inactive_pack_does_not_lose_facts_unasked(llama):
         _edit(llama, FACTS[0].replace(target="Vienna"))
 
 
-def test_lks_refuses_to_take_out_half_of_what_it_knows_of_a_subject(llama):
-    both = [FACTS[0], Fact("France", "The official language of {} is", "Spanish")]
-    _edit(llama, both, "lks")
-    with pytest.raises(ValueError, match="all facts about 'France'"):
-        llama.remove_edits(str(FACTS[0].id))
-    llama.remove_edits([str(f.id) for f in both])
-    assert llama.packs == {}
-
-
 def test_an_attachment_that_fails_half_way_leaves_nothing_behind(llama, monkeypatch):
     clean = snapshot(llama.base_model)
     _edit(llama, FACTS[:1], pack_name="a")

@@ -2,6 +2,8 @@
 state of an entity as it passes a middle block."""
 
 from .config import LKSConfig
+from .editor import LKSEditor
 from .method import LKS
+from .swap import swap_entity
 
-__all__ = ["LKS", "LKSConfig"]
+__all__ = ["LKS", "LKSConfig", "LKSEditor", "swap_entity"]

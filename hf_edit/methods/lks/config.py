@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from typing import Any
 
 from ..base import EditConfig, require, setting
+from .generator import FORMS
 
 __all__ = ["LKSConfig"]
+
+_RELEASED = ("linear", "mlp")  # overwrite the state by a map of the feature alone
+_MANY = 500  # facts; more of them take fewer passes each
 
 
 @dataclass(frozen=True)
@@ -17,31 +23,87 @@ class LKSConfig(EditConfig):
         ValueError: a setting is out of range.
     """
 
-    structural = ("layer", "width")
+    structural = ("layer", "generator", "width", "target_tokens")
 
     layer: int | None = setting(None, "block whose output is rewritten; by default the one at 55 % of the depth")
-    width: float = setting(2.0, "hidden width of the generator, relative to the model's")
-    epochs: int = setting(12, "passes over the facts; each shows a fact's prompt, a variation of it and a text that must stay")
+    generator: str = setting(
+        "context",
+        "form of the hypernetwork: 'context' adds to the entity's state what it makes of fact and state, 'residual' of the "
+        "fact alone; 'linear' and 'mlp' overwrite the state, as the paper's released forms do",
+    )
+    width: float = setting(2.0, "hidden width of 'context' and 'residual', relative to the model's")
+    target_tokens: int = setting(
+        4, "places for the target's tokens in what 'context' and 'residual' are shown, the last one for all that are left"
+    )
+    editor: Any = setting(
+        "none",
+        "what training begins with: 'none', an untrained generator, as the released forms always do; 'bank', one that is "
+        "trained on the shipped bank once a model and kept; the folder of an `LKSEditor`, or an `LKSEditor`",
+    )
+    train: bool = setting(True, "False edits without training, from the facts' features alone; see `LKSEditor`")
+    epochs: int | None = setting(
+        None, "passes over the facts; each shows a fact's prompt and a variation of it. By default 12, fewer for many facts"
+    )
     min_steps: int = setting(40, "steps at least, where few facts make short epochs")
     batch_size: int = setting(48, "texts a step")
-    lr: float = setting(1e-3, "highest step size of AdamW; it falls along a cosine")
+    lr: float = setting(1e-3, "highest step size of AdamW for the generator; it falls along a cosine")
+    code_lr: float | None = setting(
+        None, "the same for each fact's own code, beside what the generator makes of its feature; 0 trains the generator only"
+    )
     warmup_steps: int = setting(10, "steps over which the step size rises")
     kl_weight: float = setting(1.0, "weight of KL(edited || clean) on texts that must stay as they are")
+    tail_weight: float = setting(1.0, "weight of KL(edited || clean) behind the target")
+    tail_tokens: int = setting(6, "tokens behind the target that go on as the clean model would; 0 leaves them free")
+    variations: int = setting(4, "texts at most, beside its prompt, that a fact is trained on")
     contexts: int = setting(3, "sampled prefixes that the fact must also hold behind")
     context_length: int = setting(10, "tokens of such a prefix")
-    locality_prompts: int = setting(4, "other questions about the subject, for each fact, whose answers are kept")
-    tail_tokens: int = setting(6, "tokens behind the target that go on as the clean model would; 0 leaves them free")
+    locality_prompts: int = setting(2, "other questions about the subject, for each fact, whose answers are kept")
+    locality_share: float = setting(0.25, "share of the facts for which a pass shows such a question")
     train_on_rephrases: bool = setting(
         False, "train on the facts' own rephrases and locality questions, which then can't measure the edit any more"
     )
     compute_dtype: str = setting("auto", "'auto' trains in bfloat16 where the hardware has it, 'model' in the model's dtype")
+    cache_bytes: int = setting(3 << 30, "memory that training may fill with what it computed once; the rest goes to disk")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "min_steps", "batch_size", "context_length"):
+        for name in ("min_steps", "batch_size", "context_length"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        for name in ("warmup_steps", "kl_weight", "contexts", "locality_prompts", "tail_tokens"):
+        for name in (
+            "warmup_steps", "kl_weight", "tail_weight", "contexts", "locality_prompts", "tail_tokens", "target_tokens",
+            "variations", "cache_bytes",
+        ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name} must not be negative")
         for name in ("lr", "width"):
             require(getattr(self, name) > 0, f"{name} must be positive")
+        require(self.epochs is None or self.epochs >= 1, "epochs must be at least 1")
+        require(self.code_lr is None or self.code_lr >= 0, "code_lr must not be negative")
+        require(0 <= self.locality_share <= 1, "locality_share is a share, from 0 to 1")
         require(self.width <= 64, "width must be at most 64")
+        require(self.target_tokens <= 64, "target_tokens must be at most 64")
+        require(self.generator in FORMS, f"generator is one of {', '.join(map(repr, FORMS))}, not {self.generator!r}")
         require(self.compute_dtype in ("auto", "model"), "compute_dtype is 'auto' or 'model'")
+        require(bool(self.editor), "editor is 'bank', 'none', the folder of an LKSEditor, or an LKSEditor")
+
+    @property
+    def released(self) -> bool:
+        """Whether the generator is of a released form, trained as there: from scratch, and nothing but it."""
+        return self.generator in _RELEASED
+
+    @property
+    def slots(self) -> int:
+        """Vectors of a fact's feature."""
+        return 1 if self.released else 1 + self.target_tokens
+
+    def passes(self, facts: int) -> int:
+        """Epochs over so many facts."""
+        if self.epochs is not None:
+            return self.epochs
+        return round(min(12.0, max(4.0, 12.0 * (_MANY / facts) ** 0.35)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON types; an editor that was given as an object becomes the word "given"."""
+        editor = self.editor if isinstance(self.editor, str) else None
+        if isinstance(self.editor, os.PathLike):
+            editor = os.fspath(self.editor)
+        values = {name: value for name, value in super().to_dict().items() if name != "editor"}
+        return {**values, "editor": editor or "given"}

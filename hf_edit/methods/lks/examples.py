@@ -1,9 +1,11 @@
 """Training texts of LKS, made from the facts alone.
 
 For each fact: its prompt, bare, behind sampled contexts, and in the bank's other wordings where its own is one of them;
-each with the target and a tail that goes on as the clean model would, so that the new fact is said once and the sentence
-goes on. And texts that must stay as they are: other questions about the same subject, in the bank's wordings of relations
-that the fact can't be about.
+each with the target and, for some, a tail that goes on as the clean model would, so that the new fact is said once and the
+sentence goes on. And texts that must stay as they are: other questions about the same subject, in the bank's wordings of
+relations that the fact can't be about.
+
+In each text the subject's mentions are rewritten by the code of the one fact that is asked.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from dataclasses import dataclass
 
 from ...base import Base
 from ...facts import Fact
-from ...positions import EncodedText, encode, fact_text
+from ...positions import EncodedText, Text, encode, fact_text
+from ...progress import bar
 from ...references import bank_prompts, bank_relations
 from ...texts import sample_contexts, target_tails
 from .config import LKSConfig
@@ -22,20 +25,24 @@ from .scope import Scope, mentions_in_tokens
 
 __all__ = ["Example", "Examples", "build_examples"]
 
+_TAILS = 400  # facts that get a tail, at most: how to go on is learnt for all facts alike
+
 
 @dataclass(frozen=True)
 class Example:
     """One training text.
 
     Attributes:
+        fact: index of the fact whose code is put in.
         ids: token ids.
-        mentions: (index of the last token, entity) of each mention; never empty.
+        mentions: index of the last token of each mention of the fact's subject; never empty.
         labels: (position, token id): the target's tokens and the positions that predict them.
         kept: positions whose next-token distribution must stay the clean model's.
     """
 
+    fact: int
     ids: tuple[int, ...]
-    mentions: tuple[tuple[int, int], ...]
+    mentions: tuple[int, ...]
     labels: tuple[tuple[int, int], ...]
     kept: tuple[int, ...]
 
@@ -49,60 +56,95 @@ class Examples:
     locality: list[list[Example]]
 
 
-def build_examples(base: Base, facts: Sequence[Fact], scope: Scope, config: LKSConfig, seed: int) -> Examples:
+def build_examples(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: int, progress: bool = False) -> Examples:
     """Training texts for facts, on the model without the edit.
 
     Raises:
         ValueError: a fact's own prompt does not mention its subject as a whole word, so the edit could never come into force.
     """
+    subjects = _Subjects(base, facts)
     contexts = sample_contexts(base, config.contexts, config.context_length, seed)
-    tails = target_tails(base, facts, config.tail_tokens)
+    every = max(1, -(-len(facts) // _TAILS))
+    tails = dict(
+        zip(range(0, len(facts), every), target_tails(base, facts[::every], config.tail_tokens, progress), strict=True)
+    )
     rng = random.Random(seed)
     prompts, variations, locality = [], [], []
-    for fact, tail in zip(facts, tails, strict=True):
-        wordings = list(bank_prompts().get(fact.prompt.casefold(), ()))
-        if config.train_on_rephrases:
-            wordings += [r for r in fact.rephrases if "{}" in r]
-        texts = [fact_text(fact, target=fact.target)]
-        texts += [fact_text(fact, prefix=p, target=fact.target) for p in contexts]
-        texts += [fact_text(fact, prompt=w, target=fact.target) for w in wordings if w != fact.prompt]
-        made = [_example(base, scope, text.followed_by(tail), True) for text in encode(base.tokenizer, texts)]
-        if made[0] is None:
-            raise ValueError(
-                f"the prompt {fact.question!r} does not mention the subject {fact.subject!r} as a word of its own, so LKS "
-                "can't find it; reword the prompt, or use method='steam'"
-            )
-        prompts.append(made[0])
-        variations.append([e for e in made[1:] if e is not None])
-        asked = [fact_text(fact, prompt=p) for p in _other_questions(fact, config.locality_prompts, rng)]
-        if config.train_on_rephrases:
-            asked += [
-                fact_text(fact, prompt=q.prompt.replace(fact.subject, "{}", 1))
-                for q in fact.locality
-                if fact.subject in q.prompt
-            ]
-        kept = [_example(base, scope, text, False) for text in encode(base.tokenizer, asked)]
-        locality.append([e for e in kept if e is not None])
+    with bar(len(facts), "writing texts", "fact", progress) as shown:
+        for i, fact in enumerate(facts):
+            texts = [fact_text(fact, target=fact.target), *_variations(fact, contexts, config, rng)]
+            tail = tails.get(i, [])
+            made = [subjects.asking(i, text, tail if config.tail_tokens else None) for text in encode(base.tokenizer, texts)]
+            if made[0] is None:
+                raise ValueError(
+                    f"the prompt {fact.question!r} does not mention the subject {fact.subject!r} as a word of its own, so "
+                    "LKS can't find it; reword the prompt, or use method='steam'"
+                )
+            prompts.append(made[0])
+            variations.append([e for e in made[1:] if e is not None])
+            asked = _other_questions(fact, config, rng)
+            kept = [subjects.other(i, text) for text in encode(base.tokenizer, asked)]
+            locality.append([e for e in kept if e is not None])
+            shown.update()
     return Examples(prompts, variations, locality)
 
 
-def _example(base: Base, scope: Scope, text: EncodedText, with_target: bool) -> Example | None:
-    mentions = tuple(mentions_in_tokens(base.tokenizer, scope, text.ids))
-    if not mentions:
-        return None
-    first, end = text.target
-    if not with_target:
-        return Example(text.ids, mentions, (), tuple(range(mentions[0][0], len(text.ids))))
-    labels = tuple((p - 1, text.ids[p]) for p in range(first, end))
-    # the position of the target's last token is the first whose prediction belongs to the tail
-    kept = tuple(range(end - 1, len(text.ids) - 1))
-    return Example(text.ids, mentions, labels, kept)
+class _Subjects:
+    """Finds a fact's own subject in texts, among the names of all facts: the longest name at a place counts."""
+
+    def __init__(self, base: Base, facts: Sequence[Fact]) -> None:
+        names: dict[str, list[str]] = {}
+        for fact in facts:
+            names.setdefault(fact.subject.casefold(), []).extend((fact.subject, *fact.aliases))
+        keys = {key: i for i, key in enumerate(names)}
+        self._tokenizer = base.tokenizer
+        self._scope = Scope(list(names.values()))
+        self._entity = [keys[fact.subject.casefold()] for fact in facts]
+
+    def asking(self, fact: int, text: EncodedText, tail: Sequence[int] | None) -> Example | None:
+        """A text that ends in a fact's target as an example of it, or None where its subject is not found.
+
+        Args:
+            tail: tokens that go on behind the target as the clean model would; None leaves free what comes there.
+        """
+        first, end = text.target
+        mentions = self._mentions(fact, text.ids[:first])
+        if not mentions:
+            return None
+        labels = tuple((p - 1, text.ids[p]) for p in range(first, end))
+        if tail is None:
+            return Example(fact, text.ids[: end - 1], mentions, labels, ())
+        # where the target's last token stands, the first token behind the target is predicted
+        ids = (*text.ids, *tail[:-1])
+        return Example(fact, ids, mentions, labels, tuple(range(end - 1, len(ids))))
+
+    def other(self, fact: int, text: EncodedText) -> Example | None:
+        """A text that asks something else about a fact's subject, or None where that is not found."""
+        mentions = self._mentions(fact, text.ids)
+        return Example(fact, text.ids, mentions, (), tuple(range(mentions[0], len(text.ids)))) if mentions else None
+
+    def _mentions(self, fact: int, ids: Sequence[int]) -> tuple[int, ...]:
+        found = mentions_in_tokens(self._tokenizer, self._scope, ids)
+        return tuple(p for p, entity in found if entity == self._entity[fact])
 
 
-def _other_questions(fact: Fact, count: int, rng: random.Random) -> list[str]:
-    """Wordings that ask something else about the subject: of relations whose objects are of another kind than the target."""
+def _variations(fact: Fact, contexts: Sequence[str], config: LKSConfig, rng: random.Random) -> list[Text]:
+    """Other texts that ask for the fact, with the target: as many as there are, up to `config.variations`."""
+    wordings = [w for w in bank_prompts().get(fact.prompt.casefold(), ()) if w != fact.prompt]
+    if config.train_on_rephrases:
+        wordings += [r for r in fact.rephrases if "{}" in r]
+    asked = [("", wording) for wording in wordings] + [(context, fact.prompt) for context in contexts]
+    chosen = rng.sample(asked, min(config.variations, len(asked)))
+    return [fact_text(fact, prefix=prefix, prompt=wording, target=fact.target) for prefix, wording in chosen]
+
+
+def _other_questions(fact: Fact, config: LKSConfig, rng: random.Random) -> list[Text]:
+    """Texts that ask something else about the subject: of relations whose objects are of another kind than the target."""
     names = {fact.target.casefold(), (fact.target_old or fact.target).casefold()}
     own = set(bank_prompts().get(fact.prompt.casefold(), ()))
     relations = [r for r in bank_relations() if not names & r.objects and not own & set(r.prompts)]
-    chosen = rng.sample(relations, min(count, len(relations)))
-    return [rng.choice(r.prompts) for r in chosen]
+    chosen = rng.sample(relations, min(config.locality_prompts, len(relations)))
+    prompts = [rng.choice(r.prompts) for r in chosen]
+    if config.train_on_rephrases:
+        prompts += [q.prompt.replace(fact.subject, "{}", 1) for q in fact.locality if fact.subject in q.prompt]
+    return [fact_text(fact, prompt=prompt) for prompt in prompts]

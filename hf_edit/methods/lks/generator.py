@@ -1,53 +1,190 @@
-"""The hypernetwork: from a fact's feature and the entity's own state to the state that takes its place."""
+"""The hypernetwork: from a fact's feature, and the entity's own state, to the state that takes its place.
+
+All forms work in two steps, so that what depends on the fact alone is computed once: `encode` makes a code of a fact's
+feature, `forward` a new state of that code and the state that stands there.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-__all__ = ["Generator"]
+__all__ = [
+    "FORMS",
+    "ContextGenerator",
+    "Generator",
+    "MlpGenerator",
+    "OverwriteGenerator",
+    "ResidualGenerator",
+    "generator_of",
+    "make_generator",
+    "packed",
+]
+
+_MLP = 4  # hidden width of the paper's MLP, relative to the model's
 
 
 class Generator(nn.Module):
-    """h + scale * MLP(feature, h), with the last layer at zero to begin with: an untrained generator changes nothing.
+    """Base of the forms.
 
-    The paper's generator is a map of the feature alone, KB = W x + b, that overwrites h; seeing h lets one fact keep what
-    the token had gathered from its context.
+    Attributes:
+        slots: how many vectors of a feature the generator reads: the state at the target's last token, then the target's
+            tokens (see `hf_edit.methods.lks.features`).
+        code_size: numbers in a code.
+        hidden: width of the model.
+    """
+
+    slots: int
+    code_size: int
+    hidden: int
+
+    def standardise(self, features: torch.Tensor, states: torch.Tensor) -> None:
+        """Take means and deviations from samples: features [n, slots, hidden], states [n, hidden]."""
+
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
+        """Codes of facts: [facts, slots, hidden] to [facts, code_size]."""
+        raise NotImplementedError
+
+    def forward(self, codes: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """New states for mentions: codes [n, code_size] and the entities' own states [n, hidden] to [n, hidden]."""
+        raise NotImplementedError
+
+
+class OverwriteGenerator(Generator):
+    """``generator="linear"``, as released: KB = W x + b takes the state's place, whatever stood there.
+
+    Latent Knowledge Scalpel (arXiv 2508.03741): x is the state at the last token of the text that states the fact.
 
     Args:
         hidden: width of the model.
-        width: of the MLP.
     """
 
-    def __init__(self, hidden: int, width: int) -> None:
+    slots = 1
+
+    def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.feature_in = nn.Linear(hidden, width)
-        self.state_in = nn.Linear(hidden, width, bias=False)
+        self.code_size = self.hidden = hidden
+        self.map: nn.Module = nn.Linear(hidden, hidden)
+
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
+        return self.map(features[:, 0])
+
+    def forward(self, codes: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        return codes
+
+
+class MlpGenerator(OverwriteGenerator):
+    """``generator="mlp"``, as released: KB = W2 gelu(W1 x + b1) + b2, four times as wide inside, takes the state's place."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__(hidden)
+        self.map = nn.Sequential(nn.Linear(hidden, _MLP * hidden), nn.GELU(), nn.Linear(_MLP * hidden, hidden))
+
+
+class ResidualGenerator(Generator):
+    """``generator="residual"``: h + scale * W2 gelu(W1 feature), W2 at zero to begin with: untrained, it changes nothing.
+
+    Features are standardised by samples; `scale` is the deviation of the states that are rewritten, so that one step size
+    serves any model.
+
+    Args:
+        hidden: width of the model.
+        width: of the code.
+        slots: vectors of a feature.
+    """
+
+    def __init__(self, hidden: int, width: int, slots: int) -> None:
+        super().__init__()
+        self.slots, self.code_size, self.hidden = slots, width, hidden
+        self.feature_in = nn.Linear(slots * hidden, width)
+        nn.init.normal_(self.feature_in.weight, std=(3 * hidden) ** -0.5)  # empty slots are zero: few of them count
         self.out = nn.Linear(width, hidden)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        for name in ("feature_mean", "state_mean"):
-            self.register_buffer(name, torch.zeros(hidden))
-        for name in ("feature_std", "state_std"):
-            self.register_buffer(name, torch.ones(hidden))
+        for name in ("feature", "token", "state"):
+            self.register_buffer(f"{name}_mean", torch.zeros(hidden))
+            self.register_buffer(f"{name}_std", torch.ones(hidden))
 
     feature_mean: torch.Tensor
     feature_std: torch.Tensor
+    token_mean: torch.Tensor
+    token_std: torch.Tensor
     state_mean: torch.Tensor
     state_std: torch.Tensor
 
     def standardise(self, features: torch.Tensor, states: torch.Tensor) -> None:
-        """Take means and deviations from samples, [n, hidden] each."""
-        for name, sample in (("feature", features), ("state", states)):
-            getattr(self, f"{name}_mean").copy_(sample.mean(0))
-            getattr(self, f"{name}_std").copy_(sample.std(0).clamp(min=1e-3 * sample.std()))
+        tokens = features[:, 1:].flatten(0, 1)
+        for name, sample in (("feature", features[:, 0]), ("token", tokens[_filled(tokens)]), ("state", states)):
+            if len(sample) > 1:
+                getattr(self, f"{name}_mean").copy_(sample.mean(0))
+                getattr(self, f"{name}_std").copy_(sample.std(0).clamp(min=1e-3 * sample.std()))
 
     def encode(self, features: torch.Tensor) -> torch.Tensor:
-        """What of the generator depends on the facts alone: [facts, hidden] to [facts, width]. Computed once a pack."""
-        return self.feature_in((features - self.feature_mean) / self.feature_std)
+        last = (features[:, :1] - self.feature_mean) / self.feature_std
+        tokens = (features[:, 1:] - self.token_mean) / self.token_std * _filled(features[:, 1:])[..., None]
+        return self.feature_in(torch.cat([last, tokens], dim=1).flatten(1))
 
     def forward(self, codes: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """New states for mentions: codes [n, width] and the entities' own states [n, hidden] to [n, hidden]."""
-        own = self.state_in((states - self.state_mean) / self.state_std)
-        change = self.out(nn.functional.gelu(codes + own))
-        return states + self.state_std.mean() * change
+        return states + self.state_std.mean() * self.out(nn.functional.gelu(codes))
+
+
+class ContextGenerator(ResidualGenerator):
+    """``generator="context"``, the default: h + scale * W2 gelu(W1 feature + V h), V and W2 at work on the standardised h.
+
+    It sees the state that stands there, so one fact can fit in with what the token had gathered from its context.
+    """
+
+    def __init__(self, hidden: int, width: int, slots: int) -> None:
+        super().__init__(hidden, width, slots)
+        self.state_in = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, codes: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        return super().forward(codes + self.state_in((states - self.state_mean) / self.state_std), states)
+
+
+FORMS = ("context", "residual", "linear", "mlp")
+
+
+def make_generator(form: str, hidden: int, width: int, slots: int) -> Generator:
+    """An untrained generator.
+
+    Args:
+        form: one of `FORMS`.
+        hidden: width of the model.
+        width: of the code, where the form leaves a choice.
+        slots: vectors of a feature, where the form leaves a choice.
+    """
+    if form == "linear":
+        return OverwriteGenerator(hidden)
+    if form == "mlp":
+        return MlpGenerator(hidden)
+    return (ContextGenerator if form == "context" else ResidualGenerator)(hidden, width, slots)
+
+
+def generator_of(form: str, state: Mapping[str, torch.Tensor]) -> Generator:
+    """A trained generator from its tensors, which are copied: memory of their own gives equal bits, wherever they were read.
+
+    Raises:
+        KeyError, ValueError, RuntimeError: they are not those of the form; nothing large is allocated before that is clear.
+    """
+    first = state["map.weight" if form == "linear" else "map.0.weight" if form == "mlp" else "feature_in.weight"]
+    hidden = len(state["out.bias"]) if form in ("context", "residual") else first.shape[1]
+    with torch.device("meta"):
+        generator = make_generator(form, hidden, len(first), first.shape[1] // hidden)
+    copies = {name: torch.empty_like(t, dtype=torch.float32).copy_(t.detach()) for name, t in state.items()}
+    generator.load_state_dict(copies, assign=True)
+    return generator.requires_grad_(False)
+
+
+def packed(generator: Generator) -> dict[str, torch.Tensor]:
+    """A generator's tensors as they are kept, on the CPU: matrices in half precision. Means and deviations may be too large
+    for that, and are few."""
+    state = {name: t.detach().cpu() for name, t in generator.state_dict().items()}
+    return {name: t.to(torch.float16 if t.dim() == 2 else torch.float32, copy=True) for name, t in state.items()}
+
+
+def _filled(tokens: torch.Tensor) -> torch.Tensor:
+    """Which of the token vectors stand for a token: [..., hidden] to [...]. The others are zero."""
+    return tokens.abs().amax(-1) > 0

@@ -1,4 +1,4 @@
-"""LKS as a method: features, training, and a pack of a generator and a feature a fact."""
+"""LKS as a method: features, training, and a pack of a generator and a code a fact."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import torch
 from ...base import Base, seeded
 from ...errors import PackFormatError
 from ...facts import Fact, visible
-from ...positions import EncodedText, Text, encode, fact_text, join, joined_without_space
-from ...references import bank
-from ...suffix import frozen, read_keys_and_states
+from ...positions import joined_without_space
+from ...suffix import frozen
 from .. import Fit, register_method
 from .attach import LKSAttachment
 from .config import LKSConfig
+from .editor import checkpoint_path, open_editor
 from .examples import build_examples
-from .generator import Generator
+from .features import read_features
+from .generator import Generator, generator_of, packed
 from .scope import Scope
 from .training import train
 
 __all__ = ["LKS"]
 
 _PREFIX = "generator."
-_GENERAL_TEXTS = 128
-_DEPTH = 0.55
+_CODES = "codes"
+_FEW = 64  # facts; so few are fitted by their codes alone, on a generator that was trained beforehand
 
 
 class LKS:
@@ -47,78 +48,78 @@ class LKS:
         seed: int,
         progress: bool,
     ) -> Fit:
-        """See `hf_edit.methods.Method.fit`. Facts that join a pack are trained together with its own, from its generator."""
+        """See `hf_edit.methods.Method.fit`. Facts that join a pack get codes for its generator; the pack's own stay as they
+        are, bit for bit."""
         if (short := _single_letter(facts)) is not None:
             raise ValueError(f"LKS can't look for {short!r}: a single letter would be found everywhere; use method='steam'")
-        everything = (*(previous.facts if previous else ()), *facts)
-        entities = _Entities.of(everything)
-        block = _block(base, config)
-        with frozen(base.model):
-            features = read_features(base, block, everything)
-            generator = self._generator(base, block, config, previous, seed)
-            examples = build_examples(base, everything, entities.scope, config, seed)
-            with seeded(seed, base.device):
-                pooled = entities.pooled(features.to(base.device))
-                train(base, block, generator, pooled, examples, config, seed, progress)
-        tensors = {_PREFIX + name: t.detach().float().cpu().clone() for name, t in generator.state_dict().items()}
-        tensors["features"] = features.cpu()
-        return Fit(tensors, (f"{base.layout().blocks_path}.{block}",), everything)
-
-    def _generator(self, base: Base, block: int, config: LKSConfig, previous: Fit | None, seed: int) -> Generator:
-        hidden = base.layout().hidden_size
-        with seeded(seed, base.device):
-            generator = Generator(hidden, round(config.width * hidden))
-        if previous is not None:
-            generator = _loaded(previous)
+        if not config.train and (config.released or config.editor == "none"):
+            raise ValueError(
+                "train=False edits by a generator that was trained beforehand; give one: editor='bank' or a folder"
+            )
+        layout = base.layout()
+        if previous is None:
+            editor = open_editor(base, config, seed, progress)
+            block, trained = editor.layer, editor.num_facts > 0
+            start = editor.generator
         else:
-            generator.standardise(*_general_states(base, block))
-        return generator.to(base.device)
+            block, trained = _block_of(previous.modules[0]), True
+            start = _loaded(config, previous)
+        generator = generator_of(config.generator, start.state_dict()).to(base.device)
+        with frozen(base.model):
+            features = read_features(base, block, facts, generator.slots).to(base.device)
+            if config.train:
+                examples = build_examples(base, facts, config, seed, progress)
+                path = checkpoint_path(base, facts, config, start, seed)
+                codes_only = trained and not config.released and (previous is not None or len(facts) <= _FEW)
+                with seeded(seed, base.device):
+                    codes = train(
+                        base, block, generator, features, examples, config, seed, progress, path, codes_only=codes_only
+                    )
+            else:
+                codes = generator.encode(features)
+        codes = codes.detach().float().cpu()
+        tensors = {_PREFIX + name: t for name, t in packed(generator).items()}
+        tensors[_CODES] = codes if previous is None else torch.cat([previous.tensors[_CODES], codes])
+        everything = (*(previous.facts if previous else ()), *facts)
+        return Fit(tensors, (f"{layout.blocks_path}.{block}",), everything)
 
     def remove(self, fit: Fit, keep: Sequence[int]) -> Fit:
-        """The same edit with only the facts `keep`: the others leave the scope, the generator stays.
-
-        Raises:
-            ValueError: a fact to take out shares its subject with one that stays; both live in one state.
-        """
-        kept = {fit.facts[i].subject.casefold() for i in keep}
-        shared = next((f for i, f in enumerate(fit.facts) if i not in set(keep) and f.subject.casefold() in kept), None)
-        if shared is not None:
-            raise ValueError(
-                f"{shared.question!r} shares its subject with facts that would stay, and LKS keeps them in one state; take all "
-                f"facts about {shared.subject!r} out and edit the others again"
-            )
-        tensors = {**fit.tensors, "features": fit.tensors["features"][list(keep)].clone()}
+        """The same edit with only the facts `keep`: the others leave the scope, the generator and all other codes stay."""
+        tensors = {**fit.tensors, _CODES: fit.tensors[_CODES][list(keep)].clone()}
         return Fit(tensors, fit.modules, tuple(fit.facts[i] for i in keep))
 
     def validate(self, fit: Fit, config: LKSConfig, base: Base | None) -> None:
         """See `hf_edit.methods.Method.validate`."""
-        features = fit.tensors.get("features")
-        if features is None or features.dim() != 2 or features.dtype != torch.float32 or len(features) != len(fit.facts):
-            raise PackFormatError(
-                f"the pack needs a float32 matrix 'features' with a row for each of its {len(fit.facts)} facts"
-            )
-        hidden = features.shape[1]
-        with torch.device("meta"):
-            expected = Generator(hidden, round(config.width * hidden)).state_dict()
-        shapes = {_PREFIX + name: tuple(t.shape) for name, t in expected.items()} | {"features": tuple(features.shape)}
-        found = {name: tuple(t.shape) for name, t in fit.tensors.items()}
-        if found != shapes or any(t.dtype != torch.float32 for t in fit.tensors.values()):
-            wrong = sorted(n for n in {*found, *shapes} if found.get(n) != shapes.get(n))
+        codes = fit.tensors.get(_CODES)
+        if codes is None or codes.dim() != 2 or codes.dtype != torch.float32 or len(codes) != len(fit.facts):
+            raise PackFormatError(f"the pack needs a float32 matrix 'codes' with a row for each of its {len(fit.facts)} facts")
+        try:
+            generator = _loaded(config, fit)
+        except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
+            raise PackFormatError(f"the pack's tensors are not those of an LKS generator: {str(error)[:300]}") from error
+        known = {_CODES: codes.dtype, **{_PREFIX + name: t.dtype for name, t in packed(generator).items()}}
+        found = {name: t.dtype for name, t in fit.tensors.items()}
+        if found != known:
+            wrong = sorted(found.keys() ^ known.keys())
             raise PackFormatError(f"the pack's tensors are not those of an LKS generator: {', '.join(wrong)[:300] or 'dtype'}")
+        if codes.shape[1] != generator.code_size:
+            raise PackFormatError(f"the pack's codes have {codes.shape[1]} numbers, its generator reads {generator.code_size}")
         if (short := _single_letter(fit.facts)) is not None:
             raise PackFormatError(f"the name {short!r} is a single letter and would be found everywhere")
         if base is not None:
             layout = base.layout()
-            if fit.modules != (f"{layout.blocks_path}.{_block(base, config)}",) or hidden != layout.hidden_size:
-                raise PackFormatError(f"the pack edits {fit.modules}, this model has no such block of {hidden} dimensions")
+            blocks = [f"{layout.blocks_path}.{i}" for i in range(len(layout) - 1)]
+            if len(fit.modules) != 1 or fit.modules[0] not in blocks or generator.hidden != layout.hidden_size:
+                raise PackFormatError(
+                    f"the pack edits {fit.modules}, this model has no such block of {generator.hidden} dimensions"
+                )
 
     def attach(self, base: Base, fit: Fit, config: LKSConfig) -> LKSAttachment:
         """See `hf_edit.methods.Method.attach`."""
         entities = _Entities.of(fit.facts)
-        generator = _loaded(fit).to(base.device).requires_grad_(False)
-        with torch.no_grad():
-            codes = generator.encode(entities.pooled(fit.tensors["features"].to(base.device)))
-        return LKSAttachment(base, _block(base, config), entities.scope, generator, codes)
+        generator = _loaded(config, fit).to(base.device)
+        codes = fit.tensors[_CODES][[facts[-1] for facts in entities.facts()]].to(base.device)
+        return LKSAttachment(base, _block_of(fit.modules[0]), entities.scope, generator, codes)
 
 
 def _single_letter(facts: Sequence[Fact]) -> str | None:
@@ -143,57 +144,21 @@ class _Entities:
         keys = {key: i for i, key in enumerate(names)}
         return cls(Scope(list(names.values())), tuple(keys[f.subject.casefold()] for f in facts))
 
-    def pooled(self, features: torch.Tensor) -> torch.Tensor:
-        """One feature an entity, the mean of its facts': [facts, hidden] to [entities, hidden]."""
-        owner = torch.tensor(self.of_fact, device=features.device)
-        counts = owner.bincount()
-        sums = features.new_zeros(len(counts), features.shape[1]).index_add(0, owner, features)
-        return sums / counts[:, None]
+    def facts(self) -> list[list[int]]:
+        """For each entity, the numbers of its facts, the newest last."""
+        found: list[list[int]] = [[] for _ in range(1 + max(self.of_fact))]
+        for fact, entity in enumerate(self.of_fact):
+            found[entity].append(fact)
+        return found
 
 
-def read_features(base: Base, block: int, facts: Sequence[Fact]) -> torch.Tensor:
-    """Each fact's feature: the block's output at the last token of prompt and target, float32 [facts, hidden].
-
-    (Latent Knowledge Scalpel, arXiv 2508.03741: the state of the "prompt target" text.)
-    """
-    texts = encode(base.tokenizer, [fact_text(f, target=f.target) for f in facts])
-    return _last_states(base, block, texts, [len(t.ids) - 1 for t in texts])
-
-
-def _general_states(base: Base, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features and subject states of facts of all kinds, to standardise with: no fact needs others beside it."""
-    references = [group[0] for group in bank().values()]
-    references = references[:: max(1, len(references) // _GENERAL_TEXTS)][:_GENERAL_TEXTS]
-    texts = []
-    for r in references:
-        before, _, after = r.prompts[0].partition("{}")
-        prompt = before + r.subject + after
-        texts.append(Text(join(prompt, r.object), (len(before), len(before) + len(r.subject))))
-    encoded = encode(base.tokenizer, texts)
-    features = _last_states(base, block, encoded, [len(t.ids) - 1 for t in encoded])
-    return features, _last_states(base, block, encoded, [t.subject for t in encoded])
-
-
-def _last_states(base: Base, block: int, texts: Sequence[EncodedText], positions: Sequence[int]) -> torch.Tensor:
-    points = list(enumerate(positions))
-    _, states = read_keys_and_states(base.model, base.layout(), [t.ids for t in texts], points, blocks=(block,), last=block)
-    return states[block].float()
-
-
-def _loaded(fit: Fit) -> Generator:
+def _loaded(config: LKSConfig, fit: Fit) -> Generator:
     state = {name.removeprefix(_PREFIX): t for name, t in fit.tensors.items() if name.startswith(_PREFIX)}
-    width, hidden = state["feature_in.weight"].shape
-    generator = Generator(hidden, width)
-    generator.load_state_dict(state)
-    return generator
+    return generator_of(config.generator, state)
 
 
-def _block(base: Base, config: LKSConfig) -> int:
-    layout = base.layout()
-    block = layout.at_depth(_DEPTH) if config.layer is None else layout.block(config.layer)
-    if block == len(layout) - 1:
-        raise ValueError(f"layer {block} is the last block, nothing runs above it; choose one from 0 to {len(layout) - 2}")
-    return block
+def _block_of(module: str) -> int:
+    return int(module.rpartition(".")[2])
 
 
 register_method(LKS())

@@ -1,85 +1,129 @@
-"""Training the generator: the base frozen, everything below the edited block computed once."""
+"""Training the generator and each fact's own code: the base frozen, everything below the edited block computed once."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ...base import Base, autocast
+from ...cache import cache_folder
 from ...progress import bar
 from ...suffix import SuffixCache, caches_exactly
+from .checkpoint import Checkpoint
 from .config import LKSConfig
 from .examples import Example, Examples
 from .generator import Generator
+from .store import TensorStore
 
-__all__ = ["train"]
+__all__ = ["Codes", "train"]
 
 _TOP = 64  # clean distributions are kept as their likeliest tokens, the rest in one bucket
 _CLIP = 1.0
-_GOOD_ENOUGH = 0.01
+_CODE_LR = 0.02
+_FEW_TOKENS = 512
+_GOOD_ENOUGH = 0.01  # nats: an epoch below this ends the training
+_GROUP = 128  # texts that are cached at a time
+_POOL = 8  # batches' worth of shuffled texts that are sorted by length
+
+
+class Codes(nn.Module):
+    """Each fact's code: what the generator makes of its feature, and a correction of the fact's own, zero to begin with.
+
+    The corrections of facts that a batch does not hold stay untouched, whatever the optimiser remembers of them.
+
+    Args:
+        features: [facts, slots, hidden].
+        size: numbers in a code.
+    """
+
+    def __init__(self, features: torch.Tensor, size: int) -> None:
+        super().__init__()
+        self.features = features
+        self.own = nn.Embedding(len(features), size, sparse=True, device=features.device)
+        nn.init.zeros_(self.own.weight)
+
+    def forward(self, generator: Generator, facts: torch.Tensor) -> torch.Tensor:
+        """[n] indices of facts to [n, size]."""
+        return generator.encode(self.features[facts]) + self.own(facts)
+
+    @torch.no_grad()
+    def all(self, generator: Generator) -> torch.Tensor:
+        """All facts' codes, [facts, size]."""
+        every = torch.arange(len(self.features), device=self.features.device)
+        return torch.cat([self(generator, part) for part in every.split(1024)])
 
 
 class _Cached:
     """Examples with their clean states, keys, values and distributions."""
 
-    def __init__(self, base: Base, block: int, examples: Sequence[Example], progress: bool) -> None:
+    def __init__(self, base: Base, block: int, examples: Sequence[Example], config: LKSConfig, progress: bool) -> None:
         layout = base.layout()
         exact = caches_exactly(base.model, layout)
+        self.store = TensorStore(config.cache_bytes, cache_folder("lks", "training"))
         self.examples = examples
-        self.cache = SuffixCache(base.model, layout, block + 1)
-        self.tokens: list[torch.Tensor] = []
-        self.log_probs: list[torch.Tensor] = []
+        half = torch.is_autocast_enabled(base.device.type)  # which would read them in half precision anyway
+        keep = (lambda t: self.store.keep(t.to(torch.bfloat16))) if half else self.store.keep
+        self.cache = SuffixCache(base.model, layout, block + 1, keep)
+        self.clean: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(examples)
+        self.place = [0] * len(examples)
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
         with bar(len(examples), "caching states", "text", progress) as shown:
-            for first in range(0, len(examples), 128):
-                group = examples[first : first + 128]
-                reads = [(i, p) for i, e in enumerate(group) for p in e.kept]
-                cuts = [e.mentions[0][0] if exact else 0 for e in group]
-                logits = self.cache.add([e.ids for e in group], cuts, reads).logits
-                if logits is not None:
-                    top = logits.log_softmax(-1).topk(min(_TOP, logits.shape[-1] - 1))
-                    sizes = [len(e.kept) for e in group]
-                    self.tokens += top.indices.split(sizes)
-                    self.log_probs += top.values.split(sizes)
-                else:
-                    self.tokens += [torch.empty(0, _TOP, dtype=torch.long)] * len(group)
-                    self.log_probs += [torch.empty(0, _TOP)] * len(group)
-                shown.update(len(group))
+            for first in range(0, len(order), _GROUP):
+                self._add(order[first : first + _GROUP], exact)
+                shown.update(min(_GROUP, len(order) - first))
+
+    def _add(self, group: Sequence[int], exact: bool) -> None:
+        chosen = [self.examples[i] for i in group]
+        begin = len(self.cache.spans)
+        reads = [(r, p) for r, e in enumerate(chosen) for p in e.kept]
+        cuts = [e.mentions[0] if exact else 0 for e in chosen]
+        logits = self.cache.add([e.ids for e in chosen], cuts, reads).logits
+        for r, i in enumerate(group):
+            self.place[i] = begin + r
+        if logits is None:
+            return
+        top = logits.log_softmax(-1).topk(min(_TOP, logits.shape[-1] - 1))
+        sizes = [len(e.kept) for e in chosen]
+        for i, tokens, values in zip(group, top.indices.int().split(sizes), top.values.split(sizes), strict=True):
+            self.clean[i] = self.store.keep(tokens), self.store.keep(values)
 
     def loss(
-        self, indices: Sequence[int], generator: Generator, codes: torch.Tensor, kl_weight: float
-    ) -> tuple[torch.Tensor, float]:
-        """Mean NLL over texts with a target plus weighted mean KL over kept positions, and that NLL as a number."""
-        batch = self.cache.batch(indices)
+        self, indices: Sequence[int], generator: Generator, codes: Codes, config: LKSConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean over the texts of NLL and weighted KL, each a mean over a text's own positions; and the mean NLL of those that
+        have a target, without a gradient."""
+        batch = self.cache.batch([self.place[i] for i in indices])
         chosen = [self.examples[i] for i in indices]
         assert batch.inputs is not None
-        rows = [r for r, e in enumerate(chosen) for _ in e.mentions]
-        columns = [batch.column(r, p) for r, e in enumerate(chosen) for p, _ in e.mentions]
-        entities = [entity for e in chosen for _, entity in e.mentions]
-        new = generator(codes[entities], batch.inputs[rows, columns].float())
-        at = (torch.tensor(rows, device=new.device), torch.tensor(columns, device=new.device))
-        inputs = batch.inputs.index_put(at, new.to(batch.inputs.dtype))
+        device = batch.inputs.device
+        points = [(r, batch.column(r, p), e.fact) for r, e in enumerate(chosen) for p in e.mentions]
+        rows, columns, facts = torch.tensor(points, device=device).unbind(1)
+        new = generator(codes(generator, facts), batch.inputs[rows, columns].float())
+        inputs = batch.inputs.index_put((rows, columns), new.to(batch.inputs.dtype))
 
         labels = [(r, p) for r, e in enumerate(chosen) for p, _ in e.labels]
         kept = [(r, p) for r, e in enumerate(chosen) for p in e.kept]
         out = batch.run(labels + kept, inputs=inputs)
         assert out.logits is not None
-        device = out.logits.device
-        total = torch.zeros((), device=device)
-        nll = torch.zeros((), device=device)
+        total = torch.zeros((), device=out.logits.device)
+        nll = total
         if labels:
-            wanted = torch.tensor([token for e in chosen for _, token in e.labels], device=device)
-            texts = sum(bool(e.labels) for e in chosen)
-            weight = torch.tensor([1 / (len(e.labels) * texts) for e in chosen for _ in e.labels], device=device)
-            nll = (nn.functional.cross_entropy(out.logits[: len(labels)], wanted, reduction="none") * weight).sum()
+            wanted = torch.tensor([token for e in chosen for _, token in e.labels], device=total.device)
+            weights = torch.tensor([1 / len(e.labels) for e in chosen for _ in e.labels], device=total.device)
+            nll = (nn.functional.cross_entropy(out.logits[: len(labels)], wanted, reduction="none") * weights).sum()
             total = total + nll
-        if kept and kl_weight:
-            tokens = torch.cat([self.tokens[i] for i in indices]).to(device)
-            clean = torch.cat([self.log_probs[i] for i in indices]).to(device)
-            total = total + kl_weight * _kl(out.logits[len(labels) :], tokens, clean).mean()
-        return total, float(nll.detach())
+        if kept:
+            of_kept = [self.clean[i] for i in indices if self.examples[i].kept]
+            tokens, clean = (torch.cat([t.to(total.device) for t in part]) for part in zip(*of_kept, strict=True))
+            share = {True: config.tail_weight, False: config.kl_weight}
+            weights = torch.tensor([share[bool(e.labels)] / len(e.kept) for e in chosen for _ in e.kept], device=total.device)
+            total = total + (_kl(out.logits[len(labels) :], tokens.long(), clean) * weights).sum()
+        return total / len(chosen), nll.detach() / max(1, sum(bool(e.labels) for e in chosen))
 
 
 def train(
@@ -91,53 +135,90 @@ def train(
     config: LKSConfig,
     seed: int,
     progress: bool,
-) -> None:
-    """Train a generator in place.
+    checkpoint: Path,
+    *,
+    codes_only: bool = False,
+) -> torch.Tensor:
+    """Train a generator in place, and the facts' codes.
 
     Args:
         block: the block whose output is rewritten.
-        features: [entities, hidden], float32.
+        features: [facts, slots, hidden], float32.
         examples: the training texts.
+        checkpoint: a file for the state between epochs, from which an equal training goes on; gone when it is done.
+        codes_only: leave the generator as it is.
+
+    Returns:
+        The facts' codes, [facts, code size].
     """
     flat: list[Example] = []
     index = [_extend(flat, group) for group in ([[e] for e in examples.prompts], examples.variations, examples.locality)]
-    cached = _Cached(base, block, flat, progress)
-    facts = len(examples.prompts)
-    shown_per_epoch = sum(1 for kind in index for group in kind if group)
-    steps_per_epoch = -(-shown_per_epoch // config.batch_size)
-    epochs = max(config.epochs, -(-config.min_steps // steps_per_epoch))
-    total = epochs * steps_per_epoch
-    optimiser = torch.optim.AdamW(generator.parameters(), lr=config.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, config.warmup_steps, total))
-    rng = random.Random(seed)
-    with bar(total, f"training on {facts} facts", "step", progress) as shown:
-        for epoch in range(epochs):
-            losses = []
-            for batch in _epoch(index, [len(e.ids) - e.mentions[0][0] for e in flat], config.batch_size, rng):
-                optimiser.zero_grad()
-                with autocast(base.device, config.compute_dtype):
-                    loss, nll = cached.loss(batch, generator, generator.encode(features), config.kl_weight)
+    device = base.device
+    codes = Codes(features.to(device), generator.code_size)
+    code_lr = 0.0 if config.released else (_CODE_LR if config.code_lr is None else config.code_lr)
+    generator.requires_grad_(not codes_only)
+    optimisers: list[torch.optim.Optimizer] = []
+    if not codes_only:
+        optimisers.append(torch.optim.AdamW(generator.parameters(), lr=config.lr, weight_decay=0.0))
+    if code_lr:
+        optimisers.append(torch.optim.SparseAdam(codes.parameters(), lr=code_lr))
+    codes.requires_grad_(bool(code_lr))
+    highest = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
+    lengths = [len(e.ids) - e.mentions[0] for e in flat]
+    epochs, steps = _plan(index, config)
+    # casting the weights costs as much as some hundred tokens, each step
+    dtype = config.compute_dtype if steps > 1 or sum(lengths) > _FEW_TOKENS else "model"
+    with autocast(device, dtype):
+        cached = _Cached(base, block, flat, config, progress)
+    kept = Checkpoint(checkpoint, {"generator": generator, "codes": codes}, optimisers)
+    done = kept.resume()
+    with bar(epochs * steps, f"training on {len(features)} facts", "step", progress) as shown:
+        shown.update(done * steps)
+        for epoch in range(done, epochs):
+            losses: list[float] = []
+            for batch in _epoch(index, lengths, config, random.Random(f"{seed}:{epoch}")):
+                step = min(epoch * steps + len(losses), epochs * steps)
+                for optimiser, lr in zip(optimisers, highest, strict=True):
+                    optimiser.param_groups[0]["lr"] = lr * _rate(step, config.warmup_steps, epochs * steps)
+                    optimiser.zero_grad()
+                with autocast(device, dtype):
+                    loss, nll = cached.loss(batch, generator, codes, config)
                 loss.backward()
-                nn.utils.clip_grad_norm_(generator.parameters(), _CLIP)
-                optimiser.step()
-                schedule.step()
-                losses.append(nll)
+                if not codes_only:
+                    nn.utils.clip_grad_norm_(generator.parameters(), _CLIP)
+                for optimiser in optimisers:
+                    optimiser.step()
+                losses.append(float(nll))
                 shown.update()
             shown.set_postfix(nll=f"{sum(losses) / len(losses):.3f}", refresh=False)
-            if epoch * steps_per_epoch >= config.min_steps and max(losses) < _GOOD_ENOUGH:
+            kept.save(epoch + 1)
+            if (epoch + 1) * steps >= config.min_steps and max(losses) < _GOOD_ENOUGH:
                 break
+    kept.remove()
+    generator.requires_grad_(False)
+    return codes.all(generator)
 
 
-def _epoch(index: list[list[list[int]]], lengths: list[int], size: int, rng: random.Random) -> Iterator[list[int]]:
-    """One text of each kind for each fact, shuffled, in batches of similar length."""
-    chosen = [rng.choice(group) for kind in index for group in kind if group]
+def _plan(index: list[list[list[int]]], config: LKSConfig) -> tuple[int, int]:
+    """How many epochs, and steps in each."""
+    facts = len(index[0])
+    lengths = [0] * sum(len(group) for kind in index for group in kind)
+    steps = sum(1 for _ in _epoch(index, lengths, config, random.Random(0)))
+    return max(config.passes(facts), -(-config.min_steps // steps)), steps
+
+
+def _epoch(index: list[list[list[int]]], lengths: list[int], config: LKSConfig, rng: random.Random) -> Iterator[list[int]]:
+    """A prompt and a variation of each fact, and another question for some, shuffled, in batches of similar length."""
+    prompts, variations, locality = index
+    asked = [group for group in locality if group]
+    asked = rng.sample(asked, round(config.locality_share * len(asked)))
+    chosen = [rng.choice(group) for kind in (prompts, variations, asked) for group in kind if group]
     rng.shuffle(chosen)
-    pools = [chosen[i : i + 8 * size] for i in range(0, len(chosen), 8 * size)]
+    size = config.batch_size
     batches = []
-    for pool in pools:
-        pool.sort(key=lambda i: lengths[i])
-        count = -(-len(pool) // size)
-        even = -(-len(pool) // count)
+    for first in range(0, len(chosen), _POOL * size):
+        pool = sorted(chosen[first : first + _POOL * size], key=lambda i: lengths[i])
+        even = -(-len(pool) // -(-len(pool) // size))
         batches += [pool[i : i + even] for i in range(0, len(pool), even)]
     rng.shuffle(batches)
     yield from batches
@@ -168,4 +249,4 @@ def _rate(step: int, warmup: int, total: int) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, total - warmup)
-    return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * min(1.0, done)))))
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

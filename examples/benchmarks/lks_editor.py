@@ -1,0 +1,118 @@
+"""Edits without training: an editor is trained on some facts and then told others, whose subjects and wordings it never saw.
+
+    python examples/benchmarks/lks_editor.py FACTS [FACTS ...] [--limit 2000] [--save DIR] [--set epochs=4]
+
+Each FACTS is a file of facts with paraphrases (`rephrases`) and questions about the same subject (`locality`). Of each file,
+wordings are drawn by lot for the test until --test facts ask in them; no fact that asks in one of them, or is about one of
+their subjects, is trained on. Measured are the facts of the test, file by file, edited with `train=False`: reliability and
+generality (teacher-forced and said in free generation), the same subject's other answers, and milliseconds a fact.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from smollm2 import smollm2
+
+from hf_edit import EditableModelForCausalLM, Fact, LKSEditor, read_facts
+from hf_edit.facts import fold, resolve_conflicts
+
+SHOWN = {
+    "efficacy.right": "right",
+    "efficacy.said": "said",
+    "paraphrase.right": "paraphrase right",
+    "paraphrase.said": "paraphrase said",
+    "same_subject.tokens": "same subject, tokens",
+    "repetition.repeated": "said three times",
+}
+
+
+def split(facts: Sequence[Fact], count: int, seed: int) -> tuple[list[Fact], list[Fact]]:
+    """Facts to train on and facts of the test, which share neither wordings nor subjects; the test's subjects are each there
+    once."""
+    wordings = sorted({fold(f.prompt) for f in facts})
+    random.Random(seed).shuffle(wordings)
+    by_wording: dict[str, list[Fact]] = {}
+    for fact in facts:
+        by_wording.setdefault(fold(fact.prompt), []).append(fact)
+    test: dict[str, Fact] = {}
+    held: set[str] = set()
+    for wording in wordings:
+        if len(test) >= count:
+            break
+        held.add(wording)
+        for fact in by_wording[wording]:
+            test.setdefault(fold(fact.subject), fact)
+    rest = [f for f in facts if fold(f.prompt) not in held and fold(f.subject) not in test]
+    return rest, list(test.values())[:count]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", type=Path, nargs="+", metavar="FACTS")
+    parser.add_argument("--model", help="id or folder (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--test", type=int, default=200, help="facts of each file that are tested (default: 200)")
+    parser.add_argument("--limit", type=int, help="facts of each file that are trained on at most")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the training; repeatable"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path, metavar="DIR", help="folder for the editor")
+    parser.add_argument("--editor", type=Path, metavar="DIR", help="measure this editor and train none")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    settings = {name: _value(value) for name, _, value in (item.partition("=") for item in options.set)}
+    train: list[Fact] = []
+    tests: dict[str, list[Fact]] = {}
+    for path in options.paths:
+        rest, tests[path.stem] = split(resolve_conflicts(read_facts(path), on_conflict="replace"), options.test, options.seed)
+        train += rest[: options.limit]
+    taken = {fold(f.subject) for test in tests.values() for f in test}
+    train = resolve_conflicts([f for f in train if fold(f.subject) not in taken], on_conflict="replace")
+
+    model = EditableModelForCausalLM.from_pretrained(options.model or smollm2(), dtype=torch.float32)
+    started = time.perf_counter()
+    if options.editor:
+        editor = LKSEditor.from_pretrained(options.editor)
+    else:
+        editor = LKSEditor.train(model, train, seed=options.seed, **settings)
+    seconds = time.perf_counter() - started
+    if options.save:
+        editor.save_pretrained(options.save)
+    rows = []
+    for name, test in tests.items():
+        shape = {k: v for k, v in settings.items() if k in ("width", "target_tokens", "generator", "layer")}
+        started = time.perf_counter()
+        model.edit(test, "lks", train=False, editor=editor, verify=False, **shape)
+        spent = time.perf_counter() - started
+        summary = model.evaluate(test, mode="both", metrics=["efficacy", "paraphrase", "same_subject", "repetition"]).summary()
+        found = {shown: round(100 * summary[key].mean, 1) for key, shown in SHOWN.items() if key in summary}
+        rows.append({"facts": name, "tested": len(test), **found, "ms a fact": round(1000 * spent / len(test), 1)})
+        model.rollback()
+    print(f"trained on {editor.num_facts} facts in {seconds:.0f} s\n")
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    if options.json:
+        options.json.write_text(json.dumps({"trained": editor.num_facts, "seconds": seconds, "rows": rows}, indent=1), "utf-8")
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What the generator knows of a fact: the state that its text leaves behind, and each token of its target.
+
+Latent Knowledge Scalpel (arXiv 2508.03741) reads one state, at the last token of prompt and target. That says what was told
+last; a target of several tokens is told in full only by all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...base import Base
+from ...facts import Fact
+from ...positions import EncodedText, Text, encode, fact_text, join
+from ...references import bank
+from ...suffix import read_keys_and_states
+
+__all__ = ["general_states", "read_features"]
+
+_GENERAL_TEXTS = 128
+
+
+def read_features(base: Base, block: int, facts: Sequence[Fact], slots: int) -> torch.Tensor:
+    """Features of facts, on the model without the edit.
+
+    Args:
+        block: the block whose output is read.
+        slots: vectors of a feature.
+
+    Returns:
+        float32 [facts, slots, hidden]: the block's output at the target's last token, then the input embeddings of the
+        target's tokens one by one, the mean of all that are left in the last slot. Zeros where the target is shorter.
+    """
+    return _features(base, block, encode(base.tokenizer, [fact_text(f, target=f.target) for f in facts]), slots)
+
+
+def general_states(base: Base, block: int, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [n, slots, hidden] and subject states [n, hidden] of the bank's facts of all kinds, to standardise with: no
+    fact needs others beside it."""
+    references = [group[0] for group in bank().values()]
+    references = references[:: max(1, len(references) // _GENERAL_TEXTS)][:_GENERAL_TEXTS]
+    texts = []
+    for r in references:
+        before, _, after = r.prompts[0].partition("{}")
+        prompt = before + r.subject + after
+        whole = join(prompt, r.object)
+        texts.append(Text(whole, (len(before), len(before) + len(r.subject)), (len(prompt), len(whole))))
+    encoded = encode(base.tokenizer, texts)
+    return _features(base, block, encoded, slots), _states(base, block, encoded, [t.subject for t in encoded])
+
+
+def _features(base: Base, block: int, texts: Sequence[EncodedText], slots: int) -> torch.Tensor:
+    last = _states(base, block, texts, [len(t.ids) - 1 for t in texts])
+    features = last.new_zeros(len(texts), slots, last.shape[1])
+    features[:, 0] = last
+    table = base.model.get_input_embeddings()
+    for n, text in enumerate(texts if slots > 1 else ()):
+        tokens = table.weight.detach()[torch.tensor(text.labels, device=table.weight.device)].to(features)
+        apart = min(len(tokens), slots - 2)
+        features[n, 1 : 1 + apart] = tokens[:apart]
+        if len(tokens) > apart:
+            features[n, 1 + apart] = tokens[apart:].mean(0)
+    return features
+
+
+def _states(base: Base, block: int, texts: Sequence[EncodedText], positions: Sequence[int]) -> torch.Tensor:
+    points = list(enumerate(positions))
+    _, states = read_keys_and_states(base.model, base.layout(), [t.ids for t in texts], points, blocks=(block,), last=block)
+    return states[block].float()
