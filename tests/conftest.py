@@ -172,6 +172,7 @@ QUICK_LKS = {
     "lr": 1e-2,
     "tail_tokens": 2,
     "locality_prompts": 1,
+    "gate": False,
 }
 
 

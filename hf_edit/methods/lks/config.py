@@ -31,6 +31,9 @@ class LKSConfig(EditConfig):
     context_length: int = setting(10, "tokens of such a prefix")
     locality_prompts: int = setting(4, "other questions about the subject, for each fact, whose answers are kept")
     tail_tokens: int = setting(6, "tokens behind the target that go on as the clean model would; 0 leaves them free")
+    gate: bool = setting(
+        True, "let the prompt as a whole decide which of a subject's facts is asked for; without it its newest always holds"
+    )
     train_on_rephrases: bool = setting(
         False, "train on the facts' own rephrases and locality questions, which then can't measure the edit any more"
     )

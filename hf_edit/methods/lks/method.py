@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,8 +17,9 @@ from ...suffix import frozen, read_keys_and_states
 from .. import Fit, register_method
 from .attach import LKSAttachment
 from .config import LKSConfig
-from .examples import build_examples
+from .examples import Example, Examples, build_examples
 from .generator import Generator
+from .routing import fit_routing, gate_names, kept_routing, load_routing, validate_routing
 from .scope import Scope
 from .training import train
 
@@ -56,12 +57,12 @@ class LKS:
         with frozen(base.model):
             features = read_features(base, block, everything)
             generator = self._generator(base, block, config, previous, seed)
-            examples = build_examples(base, everything, entities.scope, config, seed)
+            examples = entities.by_fact(build_examples(base, everything, entities.scope, config, seed))
             with seeded(seed, base.device):
-                pooled = entities.pooled(features.to(base.device))
-                train(base, block, generator, pooled, examples, config, seed, progress)
+                train(base, block, generator, features.to(base.device), examples, config, seed, progress)
+            gate = fit_routing(base, block, everything, _own(previous), seed, progress) if config.gate else {}
         tensors = {_PREFIX + name: t.detach().float().cpu().clone() for name, t in generator.state_dict().items()}
-        tensors["features"] = features.cpu()
+        tensors |= {"features": features.cpu(), **gate}
         return Fit(tensors, (f"{base.layout().blocks_path}.{block}",), everything)
 
     def _generator(self, base: Base, block: int, config: LKSConfig, previous: Fit | None, seed: int) -> Generator:
@@ -75,19 +76,8 @@ class LKS:
         return generator.to(base.device)
 
     def remove(self, fit: Fit, keep: Sequence[int]) -> Fit:
-        """The same edit with only the facts `keep`: the others leave the scope, the generator stays.
-
-        Raises:
-            ValueError: a fact to take out shares its subject with one that stays; both live in one state.
-        """
-        kept = {fit.facts[i].subject.casefold() for i in keep}
-        shared = next((f for i, f in enumerate(fit.facts) if i not in set(keep) and f.subject.casefold() in kept), None)
-        if shared is not None:
-            raise ValueError(
-                f"{shared.question!r} shares its subject with facts that would stay, and LKS keeps them in one state; take all "
-                f"facts about {shared.subject!r} out and edit the others again"
-            )
-        tensors = {**fit.tensors, "features": fit.tensors["features"][list(keep)].clone()}
+        """The same edit with only the facts `keep`: the others leave the scope and the gate, the generator stays."""
+        tensors = {**fit.tensors, "features": fit.tensors["features"][list(keep)].clone(), **kept_routing(fit.tensors, keep)}
         return Fit(tensors, fit.modules, tuple(fit.facts[i] for i in keep))
 
     def validate(self, fit: Fit, config: LKSConfig, base: Base | None) -> None:
@@ -101,7 +91,9 @@ class LKS:
         with torch.device("meta"):
             expected = Generator(hidden, round(config.width * hidden)).state_dict()
         shapes = {_PREFIX + name: tuple(t.shape) for name, t in expected.items()} | {"features": tuple(features.shape)}
-        found = {name: tuple(t.shape) for name, t in fit.tensors.items()}
+        validate_routing(fit.tensors, len(fit.facts), hidden)
+        of_gate = gate_names(fit.tensors)
+        found = {name: tuple(t.shape) for name, t in fit.tensors.items() if name not in of_gate}
         if found != shapes or any(t.dtype != torch.float32 for t in fit.tensors.values()):
             wrong = sorted(n for n in {*found, *shapes} if found.get(n) != shapes.get(n))
             raise PackFormatError(f"the pack's tensors are not those of an LKS generator: {', '.join(wrong)[:300] or 'dtype'}")
@@ -117,8 +109,10 @@ class LKS:
         entities = _Entities.of(fit.facts)
         generator = _loaded(fit).to(base.device).requires_grad_(False)
         with torch.no_grad():
-            codes = generator.encode(entities.pooled(fit.tensors["features"].to(base.device)))
-        return LKSAttachment(base, _block(base, config), entities.scope, generator, codes)
+            codes = generator.encode(fit.tensors["features"].to(base.device))
+        block = _block(base, config)
+        routing = load_routing(base, block, fit.tensors)
+        return LKSAttachment(base, block, entities.scope, entities.facts(), generator, codes, routing)
 
 
 def _single_letter(facts: Sequence[Fact]) -> str | None:
@@ -141,12 +135,32 @@ class _Entities:
         keys = {key: i for i, key in enumerate(names)}
         return cls(Scope(list(names.values())), tuple(keys[f.subject.casefold()] for f in facts))
 
-    def pooled(self, features: torch.Tensor) -> torch.Tensor:
-        """One feature an entity, the mean of its facts': [facts, hidden] to [entities, hidden]."""
-        owner = torch.tensor(self.of_fact, device=features.device)
-        counts = owner.bincount()
-        sums = features.new_zeros(len(counts), features.shape[1]).index_add(0, owner, features)
-        return sums / counts[:, None]
+    def facts(self) -> list[list[int]]:
+        """For each entity, the numbers of its facts, the newest last."""
+        found: list[list[int]] = [[] for _ in range(1 + max(self.of_fact))]
+        for fact, entity in enumerate(self.of_fact):
+            found[entity].append(fact)
+        return found
+
+    def by_fact(self, examples: Examples) -> Examples:
+        """Training texts whose mentions, of the fact's own subject only, name the fact in the entity's place."""
+
+        def own(example: Example, fact: int) -> list[Example]:
+            at = tuple((p, fact) for p, entity in example.mentions if entity == self.of_fact[fact])
+            return [replace(example, mentions=at)] if at else []
+
+        groups = [
+            [[e for example in group for e in own(example, fact)] for fact, group in enumerate(kind)]
+            for kind in (examples.variations, examples.locality)
+        ]
+        prompts = [e for fact, example in enumerate(examples.prompts) for e in own(example, fact)]
+        return Examples(prompts, *groups)
+
+
+def _own(previous: Fit | None) -> Mapping[str, torch.Tensor]:
+    """The tensors of a pack that facts join, where its facts are still those that the tensors are for."""
+    whole = previous is not None and len(previous.facts) == len(previous.tensors["features"])
+    return previous.tensors if previous is not None and whole else {}
 
 
 def read_features(base: Base, block: int, facts: Sequence[Fact]) -> torch.Tensor:
