@@ -211,13 +211,16 @@ class LKSAttachment:
     def _find(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Which of the tokens end a mention, and where the gate has to look."""
         now = self._now
-        if now.again:
-            return
-        shown, now.shown, now.plan = now.shown, None, None
         arguments = _signature(type(decoder)).bind_partial(decoder, *args, **kwargs).arguments
         arguments = {**arguments.pop("kwargs", {}), **dict(list(arguments.items())[1:])}
         ids = arguments.get("input_ids")
+        if now.again:
+            if now.plan is not None and ids is not None:  # several edits may each have more tokens run again
+                now.plan.first = now.plan.text.shape[1] - ids.shape[1]
+            return
+        shown, now.shown, now.plan = now.shown, None, None
         if ids is None:
+            now.prompt = 0
             return
         cache = arguments.get("past_key_values")
         done = _length(cache)
@@ -284,7 +287,7 @@ class LKSAttachment:
         generated = (shown is not None and not shown[2]) or (shown is None and first > 0 and len(tokens) == first + 1)
         prompt = len(tokens) if not generated else self._now.prompt if shown is not None else first
         own = [i for i in real if i < prompt]
-        if own:
+        if own and prompt > first:
             position = asked[number] if asked is not None and number < len(asked) and not first else None
             end = own[min(position, len(own) - 1)] if position is not None else own[self._end([tokens[i] for i in own])]
             if end >= first:
@@ -379,7 +382,6 @@ class LKSAttachment:
         if plan.arguments.get("position_ids") is not None:
             everything = torch.ones_like(plan.text) if plan.mask is None else plan.mask.long()
             arguments["position_ids"] = (everything.cumsum(1) - 1).clamp(min=0)[:, begin:]
-        plan.first = begin
         token = _AGAIN.set(sorted((q for r in plan.rows for q in r.asked), key=lambda q: q.column))
         self._now.again = True
         try:

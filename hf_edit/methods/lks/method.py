@@ -60,7 +60,7 @@ class LKS:
             examples = entities.by_fact(build_examples(base, everything, entities.scope, config, seed))
             with seeded(seed, base.device):
                 train(base, block, generator, features.to(base.device), examples, config, seed, progress)
-            gate = fit_routing(base, block, everything, _own(previous), seed, progress) if config.gate else {}
+            gate = fit_routing(base, block, everything, _own(previous), clean, seed, progress) if config.gate else {}
         tensors = {_PREFIX + name: t.detach().float().cpu().clone() for name, t in generator.state_dict().items()}
         tensors |= {"features": features.cpu(), **gate}
         return Fit(tensors, (f"{base.layout().blocks_path}.{block}",), everything)

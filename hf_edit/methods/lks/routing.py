@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -20,21 +21,29 @@ _KEYS = GATE + "keys"
 
 
 def fit_routing(
-    base: Base, block: int, facts: Sequence[Fact], previous: Mapping[str, torch.Tensor], seed: int, progress: bool
+    base: Base,
+    block: int,
+    facts: Sequence[Fact],
+    previous: Mapping[str, torch.Tensor],
+    clean: Callable[[], AbstractContextManager[None]],
+    seed: int,
+    progress: bool,
 ) -> dict[str, torch.Tensor]:
     """The tensors of a gate for facts.
 
     Args:
-        base: the clean model.
+        base: the model, with the weight edits in force that this edit comes on top of.
         block: the block that the edit rewrites.
         facts: all facts of the pack, those that it had before in front.
         previous: the tensors that the pack had before; its gate stays as it is.
+        clean: gives a context in which the model is free of edits: there the gate is trained, because its training is kept.
     """
     read_at = gate_block(base.layout(), highest=block)
     gate = Gate.from_tensors(previous, GATE)
     known = previous[_KEYS] if gate is not None else None
     if gate is None:
-        gate = train_gate(base, read_at, facts, seed=seed, progress=progress)
+        with clean():
+            gate = train_gate(base, read_at, facts, seed=seed, progress=progress)
     new = facts if known is None else facts[len(known) :]
     end = PromptEnd(base.tokenizer)
     rows = [base.tokenizer(f.question)["input_ids"] for f in new]
