@@ -34,6 +34,7 @@ class LKSConfig(EditConfig):
     gate: bool = setting(
         True, "let the prompt as a whole decide which of a subject's facts is asked for; without it its newest always holds"
     )
+    fuzzy: bool = setting(False, "also find names of eight letters or more with one typing mistake; costs some 0.2 ms a prompt")
     train_on_rephrases: bool = setting(
         False, "train on the facts' own rephrases and locality questions, which then can't measure the edit any more"
     )

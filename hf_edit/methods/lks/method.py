@@ -106,7 +106,7 @@ class LKS:
 
     def attach(self, base: Base, fit: Fit, config: LKSConfig) -> LKSAttachment:
         """See `hf_edit.methods.Method.attach`."""
-        entities = _Entities.of(fit.facts)
+        entities = _Entities.of(fit.facts, config.fuzzy)
         generator = _loaded(fit).to(base.device).requires_grad_(False)
         with torch.no_grad():
             codes = generator.encode(fit.tensors["features"].to(base.device))
@@ -127,13 +127,13 @@ class _Entities:
     of_fact: tuple[int, ...]
 
     @classmethod
-    def of(cls, facts: Sequence[Fact]) -> _Entities:
+    def of(cls, facts: Sequence[Fact], fuzzy: bool = False) -> _Entities:
         names: dict[str, list[str]] = {}
         for fact in facts:
             own = names.setdefault(fact.subject.casefold(), [])
             own += [n for n in (fact.subject, *fact.aliases) if n not in own]
         keys = {key: i for i, key in enumerate(names)}
-        return cls(Scope(list(names.values())), tuple(keys[f.subject.casefold()] for f in facts))
+        return cls(Scope(list(names.values()), fuzzy), tuple(keys[f.subject.casefold()] for f in facts))
 
     def facts(self) -> list[list[int]]:
         """For each entity, the numbers of its facts, the newest last."""

@@ -18,6 +18,7 @@ _EXACT_CASE = 3  # names up to this length match in their own case only: "US" is
 _FUZZY_LENGTH = 8  # names from this length on are also found with one typing mistake, where that is asked for
 # one character for another, so that positions stay: apostrophes, hyphens, blanks
 _ALIKE = str.maketrans({**dict.fromkeys("’‘ʼʹ`´", "'"), **dict.fromkeys("‐‑‒–", "-"), **dict.fromkeys("\t\n\r\u00a0", " ")})
+_PLAIN = re.compile(r"[\t\n\r`]")
 # Korean particles, which stand behind a name without a space
 _PARTICLES = re.compile(
     "(?:은|는|이|가|을|를|의|에|에서|에게|께|한테|로|으로|와|과|도|만|까지|부터|처럼|보다|이나|나|랑|이랑|라도|마다|조차|밖에|이다|입니다)(?!\\w)"
@@ -191,7 +192,7 @@ def _token_spans(tokenizer: Any, text: str, ids: Sequence[int]) -> list[tuple[in
 
 
 def _alike(text: str) -> str:
-    return text if text.isascii() and not any(c in text for c in "\t\n\r`") else text.translate(_ALIKE)
+    return text if text.isascii() and not _PLAIN.search(text) else text.translate(_ALIKE)
 
 
 def _lower(text: str) -> str:
