@@ -11,6 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from .references import bank_relations
 
@@ -56,5 +57,5 @@ def subjects() -> dict[str, tuple[str, ...]]:
 
 
 @cache
-def _data() -> dict:
+def _data() -> dict[str, Any]:
     return json.loads(files("hf_edit").joinpath("data", "questions.json").read_text(encoding="utf-8"))

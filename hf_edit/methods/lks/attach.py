@@ -211,8 +211,8 @@ class LKSAttachment:
     def _find(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Which of the tokens end a mention, and where the gate has to look."""
         now = self._now
-        arguments = _signature(type(decoder)).bind_partial(decoder, *args, **kwargs).arguments
-        arguments = {**arguments.pop("kwargs", {}), **dict(list(arguments.items())[1:])}
+        arguments = dict(list(_signature(type(decoder)).bind_partial(decoder, *args, **kwargs).arguments.items())[1:])
+        arguments = {**arguments.pop("kwargs", {}), **arguments}
         ids = arguments.get("input_ids")
         if now.again:
             if now.plan is not None and ids is not None:  # several edits may each have more tokens run again
@@ -416,7 +416,7 @@ class _Prepare:
 
 
 @functools.lru_cache(maxsize=64)
-def _signature(kind: type) -> inspect.Signature:
+def _signature(kind: Any) -> inspect.Signature:
     return inspect.signature(kind.forward)
 
 
