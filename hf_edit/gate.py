@@ -10,6 +10,7 @@ also serves a single fact.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from .errors import PackFormatError
 from .layout import Layout
 from .suffix import read_keys_and_states
 
-__all__ = ["Gate", "PromptEnd", "gate_block", "read_queries"]
+__all__ = ["Gate", "PromptEnd", "asks_about_another", "gate_block", "read_queries"]
 
 _DEPTH = 0.55
 _TENSORS = ("mean", "std", "projection", "threshold")
@@ -156,6 +157,33 @@ def _template_tails(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
         if shared:
             tails.add(tuple(rows[0][-shared:]))
     return tuple(sorted(tails, key=len, reverse=True))
+
+
+_SENTENCE_END = re.compile(r"[.!?。！？]['\"”’)]*\s+|\n+")
+_WORD = re.compile(r"\w+")
+_OWN_WORDS = 4  # as many words of a mention may be all that its later mentions say
+
+
+def asks_about_another(before: str, after: str) -> bool:
+    """Whether a text goes on, in a later sentence than that of a mention, to ask about somebody else who is named there.
+
+    What is asked is in the state at a prompt's end, about whom is hardly. So a rule must do, which goes by capitals: the last
+    sentence does not hold the mention, and holds a capitalised word that is not one of the mention's own, in the middle of the
+    sentence, or at its beginning where the text also has it in the middle of one. It stays silent in scripts without capitals,
+    and about two names in one sentence.
+
+    Args:
+        before: the text up to the end of the mention.
+        after: what follows, up to the end of the prompt.
+    """
+    begin = max((m.end() for m in _SENTENCE_END.finditer(after) if after[m.end() :].strip()), default=0)
+    if not begin:
+        return False
+    text = before + after
+    starts = {0, *(m.end() for m in _SENTENCE_END.finditer(text))}
+    names = {m.group() for m in _WORD.finditer(text) if m.group()[0].isupper() and m.start() not in starts}
+    own = {"I", *_WORD.findall(before)[-_OWN_WORDS:]}
+    return any(word in names and word not in own for word in _WORD.findall(after[begin:]))
 
 
 def gate_block(layout: Layout, highest: int | None = None) -> int:

@@ -10,7 +10,7 @@ from hf_edit import EditPack, Fact
 from hf_edit import gate_training as training
 from hf_edit.base import Base
 from hf_edit.errors import PackFormatError
-from hf_edit.gate import Gate, PromptEnd, gate_block
+from hf_edit.gate import Gate, PromptEnd, asks_about_another, gate_block
 from hf_edit.questions import asked_relations, subjects
 from hf_edit.weights.attach import Factors, WeightAttachment
 from hf_edit.weights.switch import GateSwitch
@@ -104,6 +104,24 @@ def test_a_prompt_ends_with_its_content_whatever_stands_behind(tokenizer):
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=asks)
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids[: PromptEnd(tokenizer)(ids) + 1]).endswith("so it is")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "another"),
+    [
+        ("The capital of France", " is", False),
+        ("We like France", ". The capital of Spain is", True),
+        ("We like France", ". It rained. The capital of the country is", False),
+        ("We like France", " and Spain. Spain has its capital in", True),
+        ("Ada Lovelace", " met Bob. Lovelace was born in", False),
+        ("Who wrote Hamlet", "? The answer is", False),
+        ("Q: Who wrote Hamlet", "?\nA:", False),
+        ("I know Ada", ". Where do I find her?", False),
+        ("我喜欢法国", "。西班牙的首都是", False),
+    ],
+)
+def test_a_question_about_somebody_who_is_named_later_is_told_by_its_capitals(before, after, another):
+    assert asks_about_another(before, after) is another
 
 
 def test_a_gate_of_the_wrong_form_is_refused():

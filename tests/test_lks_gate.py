@@ -225,6 +225,18 @@ def test_an_edited_model_can_be_copied_and_the_copy_stands_by_itself(tokenizer, 
     assert generated(twin, ids_of(twin, CAPITAL)).tolist() == expected.tolist() != clean.tolist()
 
 
+def test_a_question_about_somebody_else_leaves_the_subject_alone(tokenizer, monkeypatch):
+    text = "We like France. The capital of Spain is"
+    monkeypatch.setitem(ASKED, 0, text)
+    base = Base(tiny_model("llama"), tokenizer)
+    clean = single(base, text)
+    edit = attached(base)
+    edit._scope = Scope([["France"], ["Nobody"]])
+    assert torch.equal(single(base, text), clean)
+    monkeypatch.setattr("hf_edit.methods.lks.attach.asks_about_another", lambda *_: False)
+    assert not torch.equal(single(base, text), clean)
+
+
 def test_a_cache_that_can_not_be_rewound_warns_once(tokenizer):
     class Stubborn(DynamicCache):
         def crop(self, _):

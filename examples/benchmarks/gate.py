@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_edit import Fact
 from hf_edit.base import Base
 from hf_edit.facts import read_facts
-from hf_edit.gate import Gate, PromptEnd, gate_block, read_queries
+from hf_edit.gate import Gate, PromptEnd, asks_about_another, gate_block, read_queries
 from hf_edit.gate_training import train_gate
 from hf_edit.questions import asked_relations
 from hf_edit.suffix import frozen
@@ -79,13 +79,17 @@ class Questions:
             rows = [base.tokenizer(t, add_special_tokens=not kind.endswith("chat"))["input_ids"] for t in those]
             self.states[kind] = read_queries(base, block, rows, [end(row) for row in rows]).cpu()
         known = {p.casefold() for relation in asked_relations() for p in relation.prompts}
+        self.another = {
+            kind: torch.tensor([later(t, f.subject) for t, f in zip(those, facts, strict=True)])
+            for kind, those in texts.items()
+        }
         self.new = torch.tensor([f.rephrases[0].casefold() not in known for f in facts])
 
     def scores(self, gate: Gate) -> dict[str, float]:
         """Shares in %."""
         vectors = {kind: gate.project(states) for kind, states in self.states.items()}
         near = {kind: (v * vectors["own"]).sum(-1) for kind, v in vectors.items()}
-        fires = {kind: near[kind] >= gate.threshold for kind in near}
+        fires = {kind: (near[kind] >= gate.threshold) & ~self.another[kind] for kind in near}
         row = {}
         for name, kind in zip(FIRES, ("fires", "fires chat", "fires behind", "fires named"), strict=True):
             row[f"fires: {name}"] = fires[kind].float().mean()
@@ -95,6 +99,12 @@ class Questions:
         beside = torch.stack([(vectors["fires"] * vectors[f"beside {n}"]).sum(-1) for n in range(2)]).amax(0)
         row["routed"] = (fires["fires"] & (near["fires"] > beside)).float().mean()
         return {name: 100 * float(value) for name, value in row.items()}
+
+
+def later(text: str, subject: str) -> bool:
+    """Whether a text names somebody else after its last mention of the subject, to ask about him or her."""
+    end = text.rfind(subject) + len(subject)
+    return text.rfind(subject) >= 0 and asks_about_another(text[:end], text[end:])
 
 
 def chat(base: Base, text: str) -> str:

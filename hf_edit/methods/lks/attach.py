@@ -17,7 +17,7 @@ from torch import nn
 
 from ...asked import asking
 from ...base import Base
-from ...gate import Gate, PromptEnd
+from ...gate import Gate, PromptEnd, asks_about_another
 from ...suffix import hidden_of
 from .generator import Generator
 from .scope import Scope, mentions_in_tokens
@@ -316,12 +316,26 @@ class LKSAttachment:
             facts = [f for e in entities for f in self._facts[e]]
             owner = [e for e in entities for _ in self._facts[e]]
             near = keys[facts] @ query
-            best = int(near.argmax())
-            fires = bool(near[best] >= (gate.threshold if question.final else gate.sure))
             if question.final:
                 row.events += [(question.column, e, _NONE) for e in entities]
-            if fires:
-                row.events.append((question.column, owner[best], facts[best]))
+            least = gate.threshold if question.final else gate.sure
+            for best in near.argsort(descending=True).tolist():
+                if not bool(near[best] >= least):
+                    break
+                if not self._about_another(plan, question, owner[best]):
+                    row.events.append((question.column, owner[best], facts[best]))
+                    break
+
+    def _about_another(self, plan: _Plan, question: _Question, entity: int) -> bool:
+        """Whether the question is put about somebody who is named after the entity's last mention."""
+        row = plan.rows[question.row]
+        last = max(c for c, e in row.mentions if e == entity and c <= question.column)
+        kept = [True] * len(row.ids) if plan.mask is None else plan.mask[question.row].tolist()
+        before, after = (
+            self._tokenizer.decode([row.ids[c] for c in columns if kept[c]], clean_up_tokenization_spaces=False)
+            for columns in (range(last + 1), range(last + 1, question.column + 1))
+        )
+        return asks_about_another(before, after)
 
     def _wanted(self, row: _Row) -> dict[int, int]:
         """By column, the fact that a mention's state is to be rewritten for."""
