@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import QUICK_LKS, tiny_model
@@ -41,6 +44,24 @@ def _found(names, text):
         ([["a.*b"], ["(x"]], "a.*b or aXXb or (x", [("a.*b", 0), ("(x", 1)]),
         ([["İstanbul"]], "in İstanbul today", [("İstanbul", 0)]),
         ([["Rome"]], "Jerome, Romeo and chrome", []),
+        ([["Rome"]], "Rome's, Rome’s, Rome-based (Rome) ROME_2", [("Rome", 0)] * 4),
+        ([["O'Brien"], ["Don"]], "O’Brien and Don; don't, Don't, Don’t", [("O’Brien", 0), ("Don", 1)]),
+        ([["James"]], "James' house and James’s", [("James", 0), ("James", 0)]),
+        ([["Renee"]], "Rene\u0301e, Renee\u0301 and Renee", [("Renee", 0)]),
+        ([["Renée"]], "Rene\u0301e is RENE\u0301E", [("Rene\u0301e", 0), ("RENE\u0301E", 0)]),
+        ([["Rene\u0301e"]], "so Renée", [("Renée", 0)]),
+        ([["Москва"]], "Москва и МОСКВА, не Москвачка", [("Москва", 0), ("МОСКВА", 0)]),
+        ([["ΟΔΥΣΣΕΥΣ"]], "ο Οδυσσευς", [("Οδυσσευς", 0)]),
+        ([["القاهرة"]], "في القاهرة، والقاهرة", [("القاهرة", 0)]),
+        ([["กรุงเทพ"]], "ฉันอยู่กรุงเทพมานาน", [("กรุงเทพ", 0)]),
+        ([["กา"]], "กาแฟและกาำ", [("กา", 0)]),
+        ([["アン"]], "アンナとアンは", [("アン", 0)]),
+        ([["フランス"]], "フランス語", [("フランス", 0)]),
+        ([["北京"], ["北京大学"]], "北京大学在北京。", [("北京大学", 1), ("北京", 0)]),
+        ([["프랑스"]], "프랑스의 수도, 프랑스에서, 프랑스인", [("프랑스", 0), ("프랑스", 0)]),
+        ([["서울"]], "\u1109\u1165\u110b\u116e\u11af은", [("\u1109\u1165\u110b\u116e\u11af", 0)]),
+        ([["New York"]], "New\nYork and New\u00a0York", [("New\nYork", 0), ("New\u00a0York", 0)]),
+        ([["Jean-Luc Moreau"]], "Jean‑Luc Moreau", [("Jean‑Luc Moreau", 0)]),
         ([], "anything", []),
     ],
 )
@@ -51,6 +72,22 @@ def test_every_longest_whole_word_mention_is_found_and_nothing_else(names, text,
 def test_the_right_ones_of_ten_thousand_names_are_found():
     scope = Scope([[f"Person Number{n}"] for n in range(10_000)])
     assert [m.entity for m in scope.find("Yesterday Person Number77 met Person Number9999.")] == [77, 9999]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("in Reykjavik and Rekyjavik's", [("Reykjavik", 0), ("Rekyjavik", 0)]),
+        ("Reykjavk, Reykkjavik, Reykjavic", [("Reykjavk", 0), ("Reykkjavik", 0), ("Reykjavic", 0)]),
+        ("Teykjavik, Reykjavicc, Reyk javic", []),
+        ("Lyndon Johnson met Lyndon Johnston and Lyndon Johnsson", [("Lyndon Johnson", 1), ("Lyndon Johnston", 2)]),
+        ("Apollo 12 flew, and Apollo 11", [("Apollo 11", 3)]),
+        ("Lyon and Lyom", [("Lyon", 4)]),
+    ],
+)
+def test_a_strict_second_stage_finds_one_typing_mistake_and_no_other_name(text, found):
+    names = [["Reykjavik"], ["Lyndon Johnson"], ["Lyndon Johnston"], ["Apollo 11"], ["Lyon"]]
+    assert [(text[m.start : m.end], m.entity) for m in Scope(names, fuzzy=True).find(text)] == found
 
 
 def test_mentions_are_found_in_token_sequences_that_no_tokenizer_would_choose(tokenizer):
@@ -211,6 +248,18 @@ def test_a_subject_that_is_no_word_of_its_own_is_refused_with_the_way_out(tokeni
     model = EditableModelForCausalLM(tiny_model("llama"), tokenizer)
     with pytest.raises(ValueError, match="method='steam'"):
         model.edit(Fact("Franc", "The capital of {}e is", "Rome"), "lks", progress=False, **QUICK_LKS)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_an_edited_model_keeps_its_edits_whatever_becomes_of_the_original(llama, way):
+    llama.edit(FACTS, "lks", progress=False, verify=False, **QUICK_LKS)
+    before = _single(llama, PROMPTS[0])
+    twin = way(llama)
+    llama.rollback()
+    clean = _single(llama, PROMPTS[0])
+    assert torch.equal(_single(twin, PROMPTS[0]), before)
+    twin.rollback()
+    assert torch.equal(_single(twin, PROMPTS[0]), clean)
 
 
 def test_nothing_of_lks_stays_on_the_model_after_rollback(edited):

@@ -59,6 +59,10 @@ class LKSConfig(EditConfig):
     context_length: int = setting(10, "tokens of such a prefix")
     locality_prompts: int = setting(2, "other questions about the subject, for each fact, whose answers are kept")
     locality_share: float = setting(0.25, "share of the facts for which a pass shows such a question")
+    gate: bool = setting(
+        True, "let the prompt as a whole decide which of a subject's facts is asked for; without it its newest always holds"
+    )
+    fuzzy: bool = setting(False, "also find names of eight letters or more with one typing mistake; costs some 0.2 ms a prompt")
     train_on_rephrases: bool = setting(
         False, "train on the facts' own rephrases and locality questions, which then can't measure the edit any more"
     )

@@ -20,6 +20,7 @@ from .editor import checkpoint_path, open_editor
 from .examples import build_examples
 from .features import read_features
 from .generator import Generator, generator_of, packed
+from .routing import fit_routing, gate_names, kept_routing, load_routing, validate_routing
 from .scope import Scope
 from .training import train
 
@@ -77,15 +78,18 @@ class LKS:
                     )
             else:
                 codes = generator.encode(features)
+            everything = (*(previous.facts if previous else ()), *facts)
+            known = previous.tensors if previous else {}
+            gate = fit_routing(base, block, everything, known, clean, seed, progress) if config.gate else {}
         codes = codes.detach().float().cpu()
-        tensors = {_PREFIX + name: t for name, t in packed(generator).items()}
+        tensors = {_PREFIX + name: t for name, t in packed(generator).items()} | gate
         tensors[_CODES] = codes if previous is None else torch.cat([previous.tensors[_CODES], codes])
-        everything = (*(previous.facts if previous else ()), *facts)
         return Fit(tensors, (f"{layout.blocks_path}.{block}",), everything)
 
     def remove(self, fit: Fit, keep: Sequence[int]) -> Fit:
-        """The same edit with only the facts `keep`: the others leave the scope, the generator and all other codes stay."""
-        tensors = {**fit.tensors, _CODES: fit.tensors[_CODES][list(keep)].clone()}
+        """The same edit with only the facts `keep`: the others leave the scope and the gate, the generator and all other codes
+        stay."""
+        tensors = {**fit.tensors, _CODES: fit.tensors[_CODES][list(keep)].clone(), **kept_routing(fit.tensors, keep)}
         return Fit(tensors, fit.modules, tuple(fit.facts[i] for i in keep))
 
     def validate(self, fit: Fit, config: LKSConfig, base: Base | None) -> None:
@@ -98,12 +102,14 @@ class LKS:
         except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
             raise PackFormatError(f"the pack's tensors are not those of an LKS generator: {str(error)[:300]}") from error
         known = {_CODES: codes.dtype, **{_PREFIX + name: t.dtype for name, t in packed(generator).items()}}
-        found = {name: t.dtype for name, t in fit.tensors.items()}
+        of_gate = gate_names(fit.tensors)
+        found = {name: t.dtype for name, t in fit.tensors.items() if name not in of_gate}
         if found != known:
             wrong = sorted(found.keys() ^ known.keys())
             raise PackFormatError(f"the pack's tensors are not those of an LKS generator: {', '.join(wrong)[:300] or 'dtype'}")
         if codes.shape[1] != generator.code_size:
             raise PackFormatError(f"the pack's codes have {codes.shape[1]} numbers, its generator reads {generator.code_size}")
+        validate_routing(fit.tensors, len(fit.facts), generator.hidden)
         if (short := _single_letter(fit.facts)) is not None:
             raise PackFormatError(f"the name {short!r} is a single letter and would be found everywhere")
         if base is not None:
@@ -116,10 +122,11 @@ class LKS:
 
     def attach(self, base: Base, fit: Fit, config: LKSConfig) -> LKSAttachment:
         """See `hf_edit.methods.Method.attach`."""
-        entities = _Entities.of(fit.facts)
-        generator = _loaded(config, fit).to(base.device)
-        codes = fit.tensors[_CODES][[facts[-1] for facts in entities.facts()]].to(base.device)
-        return LKSAttachment(base, _block_of(fit.modules[0]), entities.scope, generator, codes)
+        entities = _Entities.of(fit.facts, config.fuzzy)
+        generator = _loaded(config, fit).to(base.device).requires_grad_(False)
+        codes, block = fit.tensors[_CODES].to(base.device), _block_of(fit.modules[0])
+        routing = load_routing(base, block, fit.tensors)
+        return LKSAttachment(base, block, entities.scope, entities.facts(), generator, codes, routing)
 
 
 def _single_letter(facts: Sequence[Fact]) -> str | None:
@@ -136,13 +143,13 @@ class _Entities:
     of_fact: tuple[int, ...]
 
     @classmethod
-    def of(cls, facts: Sequence[Fact]) -> _Entities:
+    def of(cls, facts: Sequence[Fact], fuzzy: bool = False) -> _Entities:
         names: dict[str, list[str]] = {}
         for fact in facts:
             own = names.setdefault(fact.subject.casefold(), [])
             own += [n for n in (fact.subject, *fact.aliases) if n not in own]
         keys = {key: i for i, key in enumerate(names)}
-        return cls(Scope(list(names.values())), tuple(keys[f.subject.casefold()] for f in facts))
+        return cls(Scope(list(names.values()), fuzzy), tuple(keys[f.subject.casefold()] for f in facts))
 
     def facts(self) -> list[list[int]]:
         """For each entity, the numbers of its facts, the newest last."""

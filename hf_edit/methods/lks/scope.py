@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,14 @@ from ...positions import joined_without_space
 __all__ = ["Mention", "Scope", "mentions_in_tokens"]
 
 _EXACT_CASE = 3  # names up to this length match in their own case only: "US" is not "us"
+_FUZZY_LENGTH = 8  # names from this length on are also found with one typing mistake, where that is asked for
+# one character for another, so that positions stay: apostrophes, hyphens, blanks
+_ALIKE = str.maketrans({**dict.fromkeys("’‘ʼʹ`´", "'"), **dict.fromkeys("‐‑‒–", "-"), **dict.fromkeys("\t\n\r\u00a0", " ")})
+_PLAIN = re.compile(r"[\t\n\r`]")
+# Korean particles, which stand behind a name without a space
+_PARTICLES = re.compile(
+    "(?:은|는|이|가|을|를|의|에|에서|에게|께|한테|로|으로|와|과|도|만|까지|부터|처럼|보다|이나|나|랑|이랑|라도|마다|조차|밖에|이다|입니다)(?!\\w)"
+)
 
 
 @dataclass(frozen=True)
@@ -27,46 +37,55 @@ class Mention:
 class Scope:
     """A dictionary of entities that finds every mention of each in a text in one pass, however many there are.
 
-    Mentions are whole words (in scripts that have spaces between words), the longest where several overlap, in any case
-    except for names of up to three letters.
+    Mentions are whole words, the longest where several overlap. Case counts for names of up to three letters only; composed
+    and decomposed letters, the kinds of apostrophes, hyphens and blanks are the same. A word ends where letters, digits and
+    the marks on them end; in scripts without spaces, where a syllable or a run of Katakana does; a Korean name may have a
+    particle behind it. Clitics that are written together with a word, as in Arabic, are part of the word.
 
     Args:
         names: for each entity, its names.
+        fuzzy: also find names of eight letters or more with one letter too many, missing, wrong, or two letters swapped,
+            where the first letter is right and no entity has that very name.
 
     Attributes:
         longest: bytes of the longest name: no tokenizer needs more tokens for it.
     """
 
-    def __init__(self, names: Sequence[Iterable[str]]) -> None:
+    def __init__(self, names: Sequence[Iterable[str]], fuzzy: bool = False) -> None:
         self._automaton = ahocorasick.Automaton()
         self._owners: dict[str, list[tuple[str, int]]] = {}
         self.longest = 0
         for entity, own in enumerate(names):
             for name in own:
-                self._owners.setdefault(_lower(name), []).append((name, entity))
-                self.longest = max(self.longest, len(name.encode()))
+                composed = _alike(unicodedata.normalize("NFC", name))
+                self._owners.setdefault(_lower(composed), []).append((composed, entity))
+                # a text may spell the name in decomposed letters
+                self.longest = max(self.longest, len(name.encode()), len(unicodedata.normalize("NFD", name).encode()))
         for key in self._owners:
             self._automaton.add_word(key, key)
         self._automaton.make_automaton()
+        self._typos = _Typos(self._owners) if fuzzy else None
 
     def find(self, text: str) -> list[Mention]:
         """All mentions, in order, none overlapping another."""
         if not self._owners:
             return []
+        places = None
+        if not unicodedata.is_normalized("NFC", text):
+            text, places = _composed(text)
+        text = _alike(text)
+        lowered = _lower(text)
         found = []
-        for last, key in self._automaton.iter(_lower(text)):
+        for last, key in self._automaton.iter(lowered):
             start, end = last + 1 - len(key), last + 1
-            if not (_boundary(text, start) and _boundary(text, end)):
-                continue
-            entity = self._entity(key, text[start:end])
-            if entity is not None:
-                found.append(Mention(start, end, entity))
-        found.sort(key=lambda m: (m.start, -m.end))
-        kept: list[Mention] = []
-        for mention in found:
-            if not kept or mention.start >= kept[-1].end:
-                kept.append(mention)
-        return kept
+            if _begins(text, start) and _ends(text, end):
+                entity = self._entity(key, text[start:end])
+                if entity is not None:
+                    found.append(Mention(start, end, entity))
+        kept = _longest(found)
+        if self._typos is not None:
+            kept = sorted([*kept, *self._typos.find(lowered, kept)], key=lambda m: m.start)
+        return kept if places is None else [Mention(places[m.start], places[m.end], m.entity) for m in kept]
 
     def _entity(self, key: str, written: str) -> int | None:
         """Whose name it is: in this very case if possible, otherwise in any case unless the name is short."""
@@ -75,6 +94,73 @@ class Scope:
         if exact is not None:
             return exact
         return next((entity for name, entity in owners if len(name) > _EXACT_CASE), None)
+
+
+class _Typos:
+    """Names with one typing mistake, by what is left of both when a letter is deleted (the idea of SymSpell).
+
+    Args:
+        owners: by name in lower case, its spellings and entities.
+    """
+
+    def __init__(self, owners: dict[str, list[tuple[str, int]]]) -> None:
+        self._owners = owners
+        self._by_deletion: dict[str, list[str]] = {}
+        self._words = 1
+        for name in owners:
+            if len(name) >= _FUZZY_LENGTH and name.isprintable() and not any(map(joined_without_space, name)):
+                self._words = max(self._words, name.count(" ") + 1)
+                for shorter in (name, *_deletions(name)):
+                    self._by_deletion.setdefault(shorter, []).append(name)
+
+    def find(self, lowered: str, taken: Sequence[Mention]) -> list[Mention]:
+        """Mentions outside those that were found exactly."""
+        words = [(m.start(), m.end()) for m in re.finditer(r"\w(?:[\w'.-]*\w)?", lowered)]
+        found = []
+        for first, (start, _) in enumerate(words):
+            for _, end in words[first : first + self._words]:
+                if any(m.start < end and start < m.end for m in taken):
+                    break
+                for stop in (end, end - 2) if lowered[end - 2 : end] == "'s" else (end,):
+                    name = self._meant(lowered[start:stop])
+                    if name is not None:
+                        found.append(Mention(start, stop, self._owners[name][0][1]))
+        return _longest(found)
+
+    def _meant(self, written: str) -> str | None:
+        """The one name that `written` is a mistake away from."""
+        if len(written) < _FUZZY_LENGTH - 1 or written in self._owners:
+            return None
+        near = {n for s in (written, *_deletions(written)) for n in self._by_deletion.get(s, ()) if _one_mistake(written, n)}
+        return near.pop() if len(near) == 1 else None
+
+
+def _deletions(text: str) -> Iterator[str]:
+    return (text[:i] + text[i + 1 :] for i in range(1, len(text)))
+
+
+def _one_mistake(one: str, other: str) -> bool:
+    """Whether two texts with the same first letter are one insertion, deletion, substitution or swap of letters apart; digits
+    are never mistaken."""
+    if one[0] != other[0] or [c for c in one if c.isdigit()] != [c for c in other if c.isdigit()]:
+        return False
+    while one and other and one[0] == other[0]:
+        one, other = one[1:], other[1:]
+    while one and other and one[-1] == other[-1]:
+        one, other = one[:-1], other[:-1]
+    return len(one) + len(other) == 1 or (len(one) == len(other) and (len(one) == 1 or (len(one) == 2 and one == other[::-1])))
+
+
+def _longest(found: list[Mention]) -> list[Mention]:
+    """From the left, the longest at each place, none overlapping another."""
+    if len(found) < 2:
+        return found
+    found.sort(key=lambda m: (m.start, -m.end))
+    kept: list[Mention] = []
+    for mention in found:
+        if not kept or mention.start >= kept[-1].end:
+            kept.append(mention)
+    return kept
 
 
 def mentions_in_tokens(tokenizer: Any, scope: Scope, ids: Sequence[int]) -> list[tuple[int, int]]:
@@ -105,21 +191,67 @@ def _token_spans(tokenizer: Any, text: str, ids: Sequence[int]) -> list[tuple[in
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
+def _alike(text: str) -> str:
+    return text if text.isascii() and not _PLAIN.search(text) else text.translate(_ALIKE)
+
+
 def _lower(text: str) -> str:
     """Lower case, character by character, so that positions stay."""
     lowered = text.lower()
-    return lowered if len(lowered) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+    if len(lowered) != len(text):
+        lowered = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+    return lowered if lowered.isascii() else lowered.replace("ς", "σ")
 
 
-def _boundary(text: str, at: int) -> bool:
-    """Whether a word may begin or end between two characters."""
-    if at in (0, len(text)):
+def _composed(text: str) -> tuple[str, list[int]]:
+    """The text in composed letters (NFC), and where each of its characters began; one entry more for the end."""
+    pieces, places = [], []
+    start = 0
+    for at in range(1, len(text) + 1):
+        if at < len(text) and (unicodedata.combining(text[at]) or "\u1160" <= text[at] <= "\u11ff"):
+            continue  # a mark, or the vowel or end of a Korean syllable
+        piece = unicodedata.normalize("NFC", text[start:at])
+        pieces.append(piece)
+        places += [start] * len(piece)
+        start = at
+    return "".join(pieces), [*places, len(text)]
+
+
+def _begins(text: str, at: int) -> bool:
+    """Whether a name may begin here."""
+    return at == 0 or _boundary(text[at - 1], text[at])
+
+
+def _ends(text: str, at: int) -> bool:
+    """Whether a name may end here."""
+    if at == len(text):
         return True
-    before, after = text[at - 1], text[at]
+    after = text[at]
+    if after == "'":  # "Ann's" names Ann, "Don't" does not name Don
+        return not (text[at + 1 : at + 2] in ("t", "T") and (at + 2 == len(text) or not _word(text[at + 2])))
+    return _boundary(text[at - 1], after) or ("가" <= after <= "힣" and _PARTICLES.match(text, at) is not None)
+
+
+def _boundary(before: str, after: str) -> bool:
+    """Whether a word may begin or end between two characters."""
+    if before.isascii() and after.isascii():
+        return not (_word(before) and _word(after))
+    if unicodedata.category(after)[0] == "M" or after in _FOLLOWING or before in _LEADING:
+        return False  # inside a syllable
+    if _katakana(before) and _katakana(after):
+        return False
     if joined_without_space(before) or joined_without_space(after):
         return True
     return not (_word(before) and _word(after))
 
 
+_FOLLOWING = frozenset("ะาำๅະາຳ")  # Thai and Lao vowels that are written behind their consonant
+_LEADING = frozenset("เแโใไເແໂໃໄ")  # and in front of it
+
+
+def _katakana(character: str) -> bool:
+    return ("ァ" <= character <= "ヺ") or character in "ーヽヾ" or "ｦ" <= character <= "ﾟ"
+
+
 def _word(character: str) -> bool:
-    return character.isalnum() or character == "_"
+    return character.isalnum() or character == "_" or (character > "\x7f" and unicodedata.category(character)[0] == "M")

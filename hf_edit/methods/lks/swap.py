@@ -59,7 +59,7 @@ def swap_entity(
     code = states[block].detach().float()
     with torch.device(base.device):
         generator = OverwriteGenerator(code.shape[1])
-    attachment = LKSAttachment(base, block, Scope([[entity]]), generator.requires_grad_(False), code)
+    attachment = LKSAttachment(base, block, Scope([[entity]]), [[0]], generator.requires_grad_(False), code)
     try:
         yield
     finally:

@@ -1,0 +1,201 @@
+"""The gate: which of a subject's facts a prompt asks for, if any.
+
+An edit that is kept beside the weights can be switched by the prompt as a whole. A middle block's state at the last token of
+the prompt's content holds what is asked; a learned projection of it, standardised, is compared by its cosine with the same
+projection of the state behind the fact's own prompt. The decision is hard: at or above the threshold the fact is on.
+
+The gate is trained beforehand, on wordings of many relations that come with the package (see `hf_edit.gate_training`), so it
+also serves a single fact.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .base import Base
+from .errors import PackFormatError
+from .layout import Layout
+from .suffix import read_keys_and_states
+
+__all__ = ["Gate", "PromptEnd", "asks_about_another", "gate_block", "read_queries"]
+
+_DEPTH = 0.55
+_TENSORS = ("mean", "std", "projection", "threshold")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A learned comparison of what two prompts ask.
+
+    Attributes:
+        mean, std: float32 [hidden], of the states.
+        projection: float32 [hidden, size].
+        threshold: float32 scalar tensor; a cosine at or above it means that both ask the same.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    projection: torch.Tensor
+    threshold: torch.Tensor
+
+    def project(self, states: torch.Tensor) -> torch.Tensor:
+        """Unit vectors to compare: states [n, hidden] to float32 [n, size]."""
+        standard = (states.to(self.projection) - self.mean) / self.std
+        return torch.nn.functional.normalize(standard @ self.projection, dim=-1)
+
+    @property
+    def sure(self) -> torch.Tensor:
+        """The cosine from which on a text that was not written as a question is taken to ask for a fact: halfway to 1."""
+        return (1 + self.threshold) / 2
+
+    def choose(self, query: torch.Tensor, keys: torch.Tensor) -> int:
+        """Which of some facts is asked for.
+
+        Args:
+            query: [size], the prompt's `project`ed state.
+            keys: [facts, size], the facts'.
+
+        Returns:
+            The index of the fact that is nearest, or -1 where none reaches the threshold.
+        """
+        near = keys @ query
+        best = int(near.argmax())
+        return best if bool(near[best] >= self.threshold) else -1
+
+    def to(self, device: torch.device) -> Gate:
+        """The same gate on a device."""
+        return Gate(*(getattr(self, name).to(device) for name in _TENSORS))
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The gate's tensors by name, to keep in a pack."""
+        return {prefix + name: getattr(self, name).detach().float().cpu().clone() for name in _TENSORS}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], prefix: str, hidden: int | None = None) -> Gate | None:
+        """The gate among a pack's tensors, checked; None where there is none.
+
+        Args:
+            hidden: width of the model, where it is known.
+
+        Raises:
+            PackFormatError: tensors are missing, of the wrong shape or type, or not finite.
+        """
+        found = {name: tensors[prefix + name] for name in _TENSORS if prefix + name in tensors}
+        if not found:
+            return None
+        if len(found) < len(_TENSORS):
+            raise PackFormatError(f"the pack's gate has no {', '.join(n for n in _TENSORS if n not in found)}")
+        mean, std, projection, threshold = (found[name] for name in _TENSORS)
+        width = len(mean) if hidden is None and mean.dim() == 1 else hidden
+        if (
+            mean.shape != (width,)
+            or std.shape != (width,)
+            or projection.dim() != 2
+            or projection.shape[0] != width
+            or not 1 <= projection.shape[1] <= 4096
+            or threshold.dim() != 0
+        ):
+            raise PackFormatError(f"the pack's gate is not of the shapes [{width}], [{width}], [{width}, size] and a number")
+        if any(t.dtype != torch.float32 or not bool(t.isfinite().all()) for t in found.values()) or bool((std <= 0).any()):
+            raise PackFormatError("the pack's gate holds numbers that are not finite float32, or a deviation of zero or less")
+        return cls(mean, std, projection, threshold)
+
+
+class PromptEnd:
+    """Where a prompt's content ends: before the tokens that a chat template or the tokenizer sets behind it, and before blanks.
+
+    Args:
+        tokenizer: with or without a chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._tails = _template_tails(tokenizer)
+        self._blank: dict[int, bool] = {}
+        self._tokenizer = tokenizer
+
+    def __call__(self, ids: Sequence[int]) -> int:
+        """Index of the content's last token in a row of ids without padding; 0 in a row without content."""
+        end = len(ids)
+        for tail in self._tails:
+            if len(tail) < end and tuple(ids[end - len(tail) : end]) == tail:
+                end -= len(tail)
+                break
+        while end > 1 and self._is_blank(ids[end - 1]):
+            end -= 1
+        return max(end - 1, 0)
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = token in self._special or not self._tokenizer.decode([token]).strip()
+        return self._blank[token]
+
+
+def _template_tails(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
+    """What the chat template sets behind a user's message, longest first, as token ids."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return ()
+    tails = set()
+    for prompt in (True, False):
+        rows = []
+        for content in ("Where is it?", "It is 7", "the"):
+            try:
+                text = tokenizer.apply_chat_template(
+                    [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=prompt
+                )
+            except Exception:  # templates are programs of strangers and raise what they like
+                return ()
+            rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+        shared = 0
+        while shared < min(map(len, rows)) and len({row[-1 - shared] for row in rows}) == 1:
+            shared += 1
+        if shared:
+            tails.add(tuple(rows[0][-shared:]))
+    return tuple(sorted(tails, key=len, reverse=True))
+
+
+_SENTENCE_END = re.compile(r"[.!?。！？]['\"”’)]*\s+|\n+")
+_WORD = re.compile(r"\w+")
+_OWN_WORDS = 4  # as many words of a mention may be all that its later mentions say
+
+
+def asks_about_another(before: str, after: str) -> bool:
+    """Whether a text goes on, in a later sentence than that of a mention, to ask about somebody else who is named there.
+
+    What is asked is in the state at a prompt's end, about whom is hardly. So a rule must do, which goes by capitals: the last
+    sentence does not hold the mention, and holds a capitalised word that is not one of the mention's own, in the middle of the
+    sentence, or at its beginning where the text also has it in the middle of one. It stays silent in scripts without capitals,
+    and about two names in one sentence.
+
+    Args:
+        before: the text up to the end of the mention.
+        after: what follows, up to the end of the prompt.
+    """
+    begin = max((m.end() for m in _SENTENCE_END.finditer(after) if after[m.end() :].strip()), default=0)
+    if not begin:
+        return False
+    text = before + after
+    starts = {0, *(m.end() for m in _SENTENCE_END.finditer(text))}
+    names = {m.group() for m in _WORD.finditer(text) if m.group()[0].isupper() and m.start() not in starts}
+    own = {"I", *_WORD.findall(before)[-_OWN_WORDS:]}
+    return any(word in names and word not in own for word in _WORD.findall(after[begin:]))
+
+
+def gate_block(layout: Layout, highest: int | None = None) -> int:
+    """The block whose output the gate reads: at 55 % of the depth, or `highest` where that comes before."""
+    block = layout.at_depth(_DEPTH)
+    return block if highest is None else min(block, highest)
+
+
+def read_queries(base: Base, block: int, texts: Sequence[Sequence[int]], positions: Sequence[int]) -> torch.Tensor:
+    """States to `Gate.project`: the block's output at a position of each text, float32 [texts, hidden].
+
+    Nothing above the block runs.
+    """
+    _, states = read_keys_and_states(base.model, base.layout(), texts, list(enumerate(positions)), blocks=(block,), last=block)
+    return states[block].float()

@@ -1,0 +1,90 @@
+"""The gate of an LKS pack: trained with it, shipped in it, and put in force with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+
+from ...base import Base
+from ...errors import PackFormatError
+from ...facts import Fact
+from ...gate import Gate, PromptEnd, gate_block, read_queries
+from ...gate_training import train_gate
+from .attach import Routing
+
+__all__ = ["GATE", "fit_routing", "gate_names", "kept_routing", "load_routing", "validate_routing"]
+
+GATE = "gate."  # what the names of its tensors begin with
+_KEYS = GATE + "keys"
+
+
+def fit_routing(
+    base: Base,
+    block: int,
+    facts: Sequence[Fact],
+    previous: Mapping[str, torch.Tensor],
+    clean: Callable[[], AbstractContextManager[None]],
+    seed: int,
+    progress: bool,
+) -> dict[str, torch.Tensor]:
+    """The tensors of a gate for facts.
+
+    Args:
+        base: the model, with the weight edits in force that this edit comes on top of.
+        block: the block that the edit rewrites.
+        facts: all facts of the pack, those that it had before in front.
+        previous: the tensors that the pack had before; its gate stays as it is.
+        clean: gives a context in which the model is free of edits: there the gate is trained, because its training is kept.
+    """
+    read_at = gate_block(base.layout(), highest=block)
+    gate = Gate.from_tensors(previous, GATE)
+    known = previous[_KEYS] if gate is not None else None
+    if gate is None:
+        with clean():
+            gate = train_gate(base, read_at, facts, seed=seed, progress=progress)
+    new = facts if known is None else facts[len(known) :]
+    end = PromptEnd(base.tokenizer)
+    rows = [base.tokenizer(f.question)["input_ids"] for f in new]
+    keys = gate.project(read_queries(base, read_at, rows, [end(row) for row in rows]).cpu())
+    return gate.tensors(GATE) | {_KEYS: keys if known is None else torch.cat([known, keys])}
+
+
+def kept_routing(tensors: Mapping[str, torch.Tensor], keep: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The gate's tensors with the facts `keep` only; empty where there is no gate."""
+    own = {name: t for name, t in tensors.items() if name.startswith(GATE)}
+    return own | {_KEYS: own[_KEYS][list(keep)].clone()} if own else {}
+
+
+def gate_names(tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    """The names of the gate's tensors."""
+    return {name for name in tensors if name.startswith(GATE)}
+
+
+def validate_routing(tensors: Mapping[str, torch.Tensor], facts: int, hidden: int) -> None:
+    """Check the gate's tensors, where a pack has any.
+
+    Raises:
+        PackFormatError: they are no gate for this many facts and this width of the model.
+    """
+    found = gate_names(tensors)
+    if not found:
+        return
+    gate = Gate.from_tensors(tensors, GATE, hidden)
+    keys = tensors.get(_KEYS)
+    if gate is None or keys is None or found != {*gate.tensors(GATE), _KEYS}:
+        raise PackFormatError(f"the pack's gate is incomplete, or has more than a gate has: {', '.join(sorted(found))[:300]}")
+    if keys.shape != (facts, gate.projection.shape[1]) or keys.dtype != torch.float32 or not bool(keys.isfinite().all()):
+        raise PackFormatError(
+            f"the pack's gate needs a finite float32 matrix of {facts} keys by {gate.projection.shape[1]}, "
+            f"not {keys.dtype} {list(keys.shape)}"
+        )
+
+
+def load_routing(base: Base, block: int, tensors: Mapping[str, torch.Tensor]) -> Routing | None:
+    """The gate of a pack, ready to use; None where it has none: then each entity's newest fact always holds."""
+    gate = Gate.from_tensors(tensors, GATE)
+    if gate is None:
+        return None
+    return Routing(gate.to(base.device), tensors[_KEYS].to(base.device), gate_block(base.layout(), highest=block))

@@ -1,0 +1,257 @@
+"""LKS with a gate: the fact that the prompt asks for, the same in every way of running the model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import DynamicCache, StaticCache
+
+from hf_edit.asked import asked_at
+from hf_edit.base import Base
+from hf_edit.gate import Gate, read_queries
+from hf_edit.methods.lks.attach import LKSAttachment, Routing
+from hf_edit.methods.lks.generator import Generator
+from hf_edit.methods.lks.scope import Scope
+from hf_edit.positions import pad
+
+CAPITAL, LANGUAGE, OTHER = "The capital of France is", "The official language of France is", "The continent of France is"
+SPAIN = "The capital of Spain is"
+LATER = "The official language of France is, we heard, not easy to learn. And the capital of Spain, next to France, is"
+EARLIER = "The capital of France is a large city. The country of Germany has another. The official language of it is"
+# facts: 0 to 2 about France, the newest last, 3 about Spain; what each is asked by
+ASKED = {0: CAPITAL, 1: LANGUAGE, 2: EARLIER, 3: SPAIN}
+FACTS = [[0, 1, 2], [3]]
+PROMPTS = [CAPITAL, LANGUAGE, OTHER, SPAIN, "Nobody is here", EARLIER, LATER]
+BLOCK = 3
+
+
+def attached(base: Base, gate_block: int = BLOCK) -> LKSAttachment:
+    """A strong random edit behind a gate that fires on the very texts of `ASKED`."""
+    size = base.layout().hidden_size
+    gate = Gate(torch.zeros(size), torch.ones(size), torch.eye(size), torch.tensor(0.9995))
+    rows = [base.tokenizer(text)["input_ids"] for text in ASKED.values()]
+    keys = gate.project(read_queries(base, gate_block, rows, [len(row) - 1 for row in rows]))
+    torch.manual_seed(1)
+    generator = Generator(size, size).requires_grad_(False)
+    generator.out.weight.normal_(std=0.5)
+    codes = torch.randn(len(ASKED), size) * 3
+    return LKSAttachment(base, BLOCK, Scope([["France"], ["Spain"]]), FACTS, generator, codes, Routing(gate, keys, gate_block))
+
+
+@pytest.fixture(params=["llama", "gptj", "gpt2", "mistral", "bloom"])
+def edited(request, tokenizer):
+    base = Base(tiny_model(request.param), tokenizer)
+    base.model.generation_config.eos_token_id = None
+    base.attachment = attached(base)
+    return base
+
+
+def ids_of(base, text):
+    return torch.tensor([base.tokenizer(text)["input_ids"]])
+
+
+def single(base, text):
+    """The logits of a prompt run alone, whole, without a cache."""
+    with torch.no_grad():
+        return base.model(input_ids=ids_of(base, text), use_cache=False).logits[0]
+
+
+def generated(base, ids, **settings):
+    shared = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "disable_compile": True}
+    return base.model.generate(input_ids=ids, **{**shared, **settings})
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def same(one, other):
+    return torch.allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("gate_block", [BLOCK, BLOCK - 2])
+def test_each_prompt_gets_the_fact_that_it_asks_for_and_others_are_answered_by_the_clean_model(tokenizer, gate_block):
+    base = Base(tiny_model("llama"), tokenizer)
+    clean = {text: single(base, text) for text in PROMPTS}
+    forced = {}
+    edit = attached(base, gate_block)
+    for text in PROMPTS:
+        forced[text] = single(base, text)
+        assert torch.equal(forced[text], clean[text]) == (text in (OTHER, "Nobody is here", LATER))
+    edit.detach()
+    for fact, text in ASKED.items():  # the same as an edit of that fact alone, without a gate
+        edit = attached(base, gate_block)
+        edit._routing, edit._facts = None, [[fact], [fact]] if text != EARLIER else [[fact], [3]]
+        close(single(base, text), forced[text])
+        edit.detach()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches_are_routed_like_single_prompts(edited, side):
+    rows = [edited.tokenizer(p)["input_ids"] for p in PROMPTS]
+    ids, mask = pad(rows, side)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        arguments = {} if "bloom" in type(edited.model).__name__.lower() else {"position_ids": positions}
+        logits = edited.model(input_ids=ids, attention_mask=mask, **arguments).logits
+    for row, prompt in enumerate(PROMPTS):
+        close(logits[row][mask[row].bool()], single(edited, prompt))
+
+
+@pytest.mark.parametrize("prompt", [CAPITAL, LATER, EARLIER])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_prompt_fed_in_chunks_ends_as_the_whole_one(edited, prompt, kind):
+    """The question comes in a later chunk than the mention: what the cache held of it is made anew."""
+    ids = ids_of(edited, prompt)
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(config=edited.model.config, max_cache_len=64)
+    if kind == "static" and "bloom" in type(edited.model).__name__.lower():
+        pytest.skip("BLOOM takes no static cache")
+    done = 0
+    with torch.no_grad():
+        for piece in ids.split([3, ids.shape[1] - 5, 2], dim=1):
+            places = torch.arange(done, done + piece.shape[1])[None]
+            arguments = {} if "bloom" in type(edited.model).__name__.lower() else {"position_ids": places}
+            out = edited.model(input_ids=piece, past_key_values=cache, use_cache=True, **arguments)
+            done += piece.shape[1]
+    assert int(cache.get_seq_length()) == done
+    close(out.logits[0], single(edited, prompt)[-2:])
+    with torch.no_grad():  # and the cache serves what follows
+        after = edited.model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits[0]
+        whole = torch.cat([ids, ids[:, :1]], 1)
+        with asked_at([ids.shape[1] - 1]):
+            close(after[-1], edited.model(input_ids=whole, use_cache=False).logits[0, -1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_beams": 3}, {"prefill_chunk_size": 3}, {"cache_implementation": "static"}, {"do_sample": True, "top_k": 20}],
+    ids=["greedy", "beams", "chunks", "static", "sampling"],
+)
+def test_every_way_of_generating_equals_that_without_a_cache(edited, settings):
+    if "cache_implementation" in settings and "bloom" in type(edited.model).__name__.lower():
+        pytest.skip("BLOOM takes no static cache")
+    uncached = {k: v for k, v in settings.items() if k in ("num_beams", "do_sample", "top_k")}
+    for prompt in (CAPITAL, EARLIER, OTHER):
+        torch.manual_seed(0)
+        expected = generated(edited, ids_of(edited, prompt), use_cache=False, **uncached)
+        torch.manual_seed(0)
+        assert generated(edited, ids_of(edited, prompt), **settings).tolist() == expected.tolist()
+
+
+def test_a_left_padded_batch_generates_what_single_prompts_do(edited):
+    rows = [edited.tokenizer(p)["input_ids"] for p in PROMPTS]
+    ids, mask = pad(rows, "left")
+    out = generated(edited, ids, attention_mask=mask)
+    for row, prompt in enumerate(PROMPTS):
+        assert out[row, -4:].tolist() == generated(edited, ids_of(edited, prompt), use_cache=False)[0, -4:].tolist()
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["kept", "copied"])
+def test_a_later_turn_that_asks_something_else_is_answered_as_if_nothing_had_been_cached(edited, copied):
+    """Turn by turn over one cache: first one fact of France is asked for, then another, then none."""
+    cache, texts = DynamicCache(), [CAPITAL, EARLIER, EARLIER + " big. We like France"]
+    for text in texts:
+        ids = ids_of(edited, text)
+        cache = copy.deepcopy(cache) if copied else cache
+        out = generated(edited, ids, past_key_values=cache, return_dict_in_generate=True)
+        assert out.sequences.tolist() == generated(edited, ids, use_cache=False).tolist()
+        cache.crop(ids.shape[1] - int(cache.get_seq_length()))  # the next text goes on from the prompt, not from the answer
+
+
+def test_a_name_that_grows_past_a_chunk_is_no_mention_any_more(tokenizer):
+    base = Base(tiny_model("llama"), tokenizer)
+    edit = attached(base)
+    edit._routing = None
+    edit._scope = Scope([["France"], ["France Bay"]])
+    whole = ids_of(base, "We saw France Bay today")
+    cut = next(i for i in range(whole.shape[1]) if base.tokenizer.decode(whole[0, :i]).endswith("France"))
+    with torch.no_grad():
+        cache = base.model(input_ids=whole[:, :cut], use_cache=True).past_key_values
+        rest = base.model(input_ids=whole[:, cut:], past_key_values=cache).logits[0]
+        close(rest, base.model(input_ids=whole, use_cache=False).logits[0, cut:])
+
+
+def test_a_question_that_the_model_itself_comes_to_ask_switches_the_fact_on(edited):
+    """The model is made to write a fact's prompt: what it says next is what the prompt alone gives."""
+    whole = ids_of(edited, CAPITAL)[0].tolist()
+    start = 2
+
+    def force(input_ids, scores):
+        scores = torch.full_like(scores, -torch.inf)
+        scores[:, (whole + whole)[input_ids.shape[1]]] = 0.0
+        return scores
+
+    out = edited.model.generate(
+        input_ids=torch.tensor([whole[:start]]),
+        attention_mask=torch.ones(1, start, dtype=torch.long),
+        max_new_tokens=len(whole) - start + 1,
+        logits_processor=[force],
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    close(out.logits[-1][0], single(edited, CAPITAL)[-1])
+
+
+def test_answers_behind_a_prompt_do_not_hide_what_it_asked(edited):
+    """Teacher forcing: told where the prompt ends, by labels or by `asked_at`, the gate looks there."""
+    ids = ids_of(edited, CAPITAL + " Rome, we think")
+    prompt = ids_of(edited, CAPITAL).shape[1]
+    labels = ids.clone()
+    labels[:, :prompt] = -100
+    with torch.no_grad():
+        by_label = edited.model(input_ids=ids, labels=labels, use_cache=False).logits[0]
+        with asked_at([prompt - 1]):
+            told = edited.model(input_ids=ids, use_cache=False).logits[0]
+        untold = edited.model(input_ids=ids, use_cache=False).logits[0]
+    close(by_label, told)
+    close(told[prompt - 1], single(edited, CAPITAL)[-1])
+    assert not same(untold[prompt - 1], told[prompt - 1])
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_an_edited_model_can_be_copied_and_the_copy_stands_by_itself(tokenizer, way):
+    base = Base(tiny_model("llama"), tokenizer)
+    edit = attached(base)
+    expected = generated(base, ids_of(base, CAPITAL))
+    twin = Base(way(base.model), tokenizer)
+    edit.detach()
+    clean = generated(base, ids_of(base, CAPITAL))
+    assert generated(twin, ids_of(twin, CAPITAL)).tolist() == expected.tolist() != clean.tolist()
+
+
+def test_a_question_about_somebody_else_leaves_the_subject_alone(tokenizer, monkeypatch):
+    text = "We like France. The capital of Spain is"
+    monkeypatch.setitem(ASKED, 0, text)
+    base = Base(tiny_model("llama"), tokenizer)
+    clean = single(base, text)
+    edit = attached(base)
+    edit._scope = Scope([["France"], ["Nobody"]])
+    assert torch.equal(single(base, text), clean)
+    monkeypatch.setattr("hf_edit.methods.lks.attach.asks_about_another", lambda *_: False)
+    assert not torch.equal(single(base, text), clean)
+
+
+def test_a_cache_that_can_not_be_rewound_warns_once(tokenizer):
+    class Stubborn(DynamicCache):
+        def crop(self, _):
+            raise RuntimeError
+
+        def reset(self):
+            raise RuntimeError
+
+    base = Base(tiny_model("llama"), tokenizer)
+    attached(base)
+    ids = ids_of(base, CAPITAL)
+    for times in (1, 0):
+        cache = Stubborn()
+        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+            warnings.simplefilter("always")
+            base.model(input_ids=ids[:, :-1], past_key_values=cache)
+            base.model(input_ids=ids[:, -1:], past_key_values=cache)
+        assert sum("can't be rewound" in str(w.message) for w in caught) == times
