@@ -211,7 +211,8 @@ class LKSAttachment:
     def _find(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Which of the tokens end a mention, and where the gate has to look."""
         now = self._now
-        arguments = dict(list(_signature(type(decoder)).bind_partial(decoder, *args, **kwargs).arguments.items())[1:])
+        kind: Any = type(decoder)
+        arguments = dict(list(_signature(kind).bind_partial(decoder, *args, **kwargs).arguments.items())[1:])
         arguments = {**arguments.pop("kwargs", {}), **arguments}
         ids = arguments.get("input_ids")
         if now.again:
@@ -228,10 +229,11 @@ class LKSAttachment:
         text, first = self._whole(ids, done, known, shown)
         if shown is not None and shown[2]:
             now.prompt = text.shape[1]
-        mask = shown[1] if shown is not None and shown[1] is not None else arguments.get("attention_mask")
+        mask: Any = shown[1] if shown is not None and shown[1] is not None else arguments.get("attention_mask")
         mask = mask[:, -text.shape[1] :] if _fits(mask, text) else None
         kept = None if mask is None else mask.tolist()
-        rows, questions = [], []
+        rows: list[_Row] = []
+        questions: list[_Question] = []
         for number, tokens in enumerate(text.tolist()):
             real = [i for i in range(len(tokens)) if kept is None or kept[number][i]]
             row = _Row(tokens)
