@@ -359,6 +359,7 @@ def main() -> None:
     parser.add_argument("--edit-steps", type=int, default=20, help="steps of each value optimisation (default: 20)")
     parser.add_argument("--clamp", type=float, default=3.0, help="|delta| at most, relative to the stream (default: 3)")
     parser.add_argument("--anchor-weight", type=float, default=4.0)
+    parser.add_argument("--anchor-ratio", type=float, help="the gradient's ratio, in the weight's place")
     parser.add_argument("--anchor-blocks", type=int, nargs="+", help="by default the middle third, above the edited block")
     parser.add_argument("--raw", action="store_true", help="align without taking off the mean state")
     parser.add_argument("--sweep", action="store_true", help="settings of the alignment instead of the comparison")
@@ -385,6 +386,7 @@ def main() -> None:
     else:
         steam: dict[str, Any] = {
             "anchor_weight": arguments.anchor_weight,
+            "anchor_ratio": arguments.anchor_ratio,
             "anchor_frame": "raw" if arguments.raw else "centred",
         }
         if arguments.anchor_blocks:
