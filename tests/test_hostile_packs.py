@@ -341,6 +341,14 @@ def test_tensors_that_are_not_the_methods(world, tmp_path, method, change, match
     world.refuses(rewrite(world.copy(tmp_path, method), tensors=change), PackFormatError, match)
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_generator_that_divides_by_nothing(world, lks_pack, value):
+    def flatten(tensors):
+        tensors["generator.state_std"][3] = value
+
+    world.refuses(rewrite(lks_pack, tensors=flatten), PackFormatError, "deviations")
+
+
 def test_a_change_far_larger_than_the_weight(world, pack):
     def grow(tensors):
         for name in tensors:

@@ -107,6 +107,8 @@ class LKS:
         if found != known:
             wrong = sorted(found.keys() ^ known.keys())
             raise PackFormatError(f"the pack's tensors are not those of an LKS generator: {', '.join(wrong)[:300] or 'dtype'}")
+        if any(name.endswith("_std") and not bool((t > 0).all()) for name, t in generator.state_dict().items()):
+            raise PackFormatError("the pack's generator divides by deviations that are not above zero")
         if codes.shape[1] != generator.code_size:
             raise PackFormatError(f"the pack's codes have {codes.shape[1]} numbers, its generator reads {generator.code_size}")
         validate_routing(fit.tensors, len(fit.facts), generator.hidden)
