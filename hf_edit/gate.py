@@ -73,7 +73,8 @@ class Gate:
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """The gate's tensors by name, to keep in a pack."""
-        return {prefix + name: getattr(self, name).detach().float().cpu().clone() for name in _TENSORS}
+        found = {prefix + name: getattr(self, name).detach().float().cpu().clone() for name in _TENSORS}
+        return {name: t if t.dim() else t[None] for name, t in found.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], prefix: str, hidden: int | None = None) -> Gate | None:
@@ -98,12 +99,12 @@ class Gate:
             or projection.dim() != 2
             or projection.shape[0] != width
             or not 1 <= projection.shape[1] <= 4096
-            or threshold.dim() != 0
+            or threshold.shape != (1,)
         ):
             raise PackFormatError(f"the pack's gate is not of the shapes [{width}], [{width}], [{width}, size] and a number")
         if any(t.dtype != torch.float32 or not bool(t.isfinite().all()) for t in found.values()) or bool((std <= 0).any()):
             raise PackFormatError("the pack's gate holds numbers that are not finite float32, or a deviation of zero or less")
-        return cls(mean, std, projection, threshold)
+        return cls(mean, std, projection, threshold[0])
 
 
 class PromptEnd:

@@ -134,7 +134,7 @@ def test_a_gate_of_the_wrong_form_is_refused():
         ("mean", torch.full((4,), torch.nan)),
         ("projection", torch.randn(3, 2)),
         ("projection", torch.randn(4, 2).double()),
-        ("threshold", torch.ones(1)),
+        ("threshold", torch.ones(2)),
     ):
         with pytest.raises(PackFormatError):
             Gate.from_tensors({**good, "g." + name: tensor}, "g.", 4)

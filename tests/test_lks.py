@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -250,11 +249,10 @@ def test_a_subject_that_is_no_word_of_its_own_is_refused_with_the_way_out(tokeni
         model.edit(Fact("Franc", "The capital of {}e is", "Rome"), "lks", progress=False, **QUICK_LKS)
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_a_copy_of_an_edited_model_keeps_its_edits_whatever_becomes_of_the_original(llama, way):
+def test_a_copy_of_an_edited_model_keeps_its_edits_whatever_becomes_of_the_original(llama):
     llama.edit(FACTS, "lks", progress=False, verify=False, **QUICK_LKS)
     before = _single(llama, PROMPTS[0])
-    twin = way(llama)
+    twin = copy.deepcopy(llama)
     llama.rollback()
     clean = _single(llama, PROMPTS[0])
     assert torch.equal(_single(twin, PROMPTS[0]), before)

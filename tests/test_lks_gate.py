@@ -15,7 +15,7 @@ from hf_edit.asked import asked_at
 from hf_edit.base import Base
 from hf_edit.gate import Gate, read_queries
 from hf_edit.methods.lks.attach import LKSAttachment, Routing
-from hf_edit.methods.lks.generator import Generator
+from hf_edit.methods.lks.generator import ContextGenerator
 from hf_edit.methods.lks.scope import Scope
 from hf_edit.positions import pad
 
@@ -37,7 +37,7 @@ def attached(base: Base, gate_block: int = BLOCK) -> LKSAttachment:
     rows = [base.tokenizer(text)["input_ids"] for text in ASKED.values()]
     keys = gate.project(read_queries(base, gate_block, rows, [len(row) - 1 for row in rows]))
     torch.manual_seed(1)
-    generator = Generator(size, size).requires_grad_(False)
+    generator = ContextGenerator(size, size, 1).requires_grad_(False)
     generator.out.weight.normal_(std=0.5)
     codes = torch.randn(len(ASKED), size) * 3
     return LKSAttachment(base, BLOCK, Scope([["France"], ["Spain"]]), FACTS, generator, codes, Routing(gate, keys, gate_block))
