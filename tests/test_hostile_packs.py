@@ -329,7 +329,7 @@ def _each(change):
         (_each(lambda t: t.reshape(-1)), "matri|shape|tensors"),
         (_each(lambda t: t.reshape(-1)[:1].clone()), "matri|shape|tensors"),
         (_each(lambda t: t.T.contiguous()), "facts|matri|shape|tensors"),
-        (_each(lambda t: t[..., :-1].contiguous()), "facts|matri|shape|tensors"),
+        (_each(lambda t: t[..., :-1].contiguous()), "facts|matri|shape|tensors|codes"),
         (_each(lambda t: t * float("nan")), "NaN or infinity"),
         (_each(lambda t: t.index_fill(0, torch.tensor([0]), float("inf"))), "NaN or infinity"),
         (_each(lambda t: torch.full_like(t, 1e30)), "out of any scale"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import subprocess
@@ -11,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import FACTS, QUICK_LKS, QUICK_STEAM, same, snapshot, tiny_model
+from hostile import rehash
 
 from hf_edit import BaseMismatchError, ConflictingEditsError, EditableModelForCausalLM, EditPack, PackFormatError
 
@@ -174,10 +174,7 @@ def test_the_card_may_be_changed_by_anyone(saved):
 )
 def test_a_wrong_configuration_is_refused_with_the_reason(saved, change, message):
     model, folder = saved
-    path = folder / "pack" / "edit_config.json"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
+    rehash(folder / "pack", change)
     model.rollback()
     before = snapshot(model.base_model)
     with pytest.raises((PackFormatError, BaseMismatchError), match=message):

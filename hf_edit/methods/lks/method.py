@@ -16,7 +16,7 @@ from ...suffix import frozen
 from .. import Fit, register_method
 from .attach import LKSAttachment
 from .config import LKSConfig
-from .editor import checkpoint_path, open_editor
+from .editor import block_of, checkpoint_path, open_editor
 from .examples import build_examples
 from .features import read_features
 from .generator import Generator, generator_of, packed
@@ -116,7 +116,9 @@ class LKS:
             raise PackFormatError(f"the name {short!r} is a single letter and would be found everywhere")
         if base is not None:
             layout = base.layout()
-            blocks = [f"{layout.blocks_path}.{i}" for i in range(len(layout) - 1)]
+            # an editor brings its own block, everything else the one that the settings name
+            free = range(len(layout) - 1) if config.editor != "none" else (block_of(base, config),)
+            blocks = [f"{layout.blocks_path}.{i}" for i in free]
             if len(fit.modules) != 1 or fit.modules[0] not in blocks or generator.hidden != layout.hidden_size:
                 raise PackFormatError(
                     f"the pack edits {fit.modules}, this model has no such block of {generator.hidden} dimensions"
