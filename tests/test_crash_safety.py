@@ -249,6 +249,15 @@ class _Given(Steam):
         return Fit(self._fit.tensors, self._fit.modules, tuple(facts))
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background, which begins with ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_edit_interrupted_anywhere_leaves_the_model_as_it_was(world, two, monkeypatch):
     model = world.model
     model.rollback()
