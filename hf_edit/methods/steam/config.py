@@ -74,7 +74,7 @@ class SteamConfig(EditConfig):
         2, "how often the values of facts that did not land are optimised further, in the edited model, and all inserted anew"
     )
     covariance_weight: float | None = setting(
-        None, "MEMIT's lambda; by default a tenth of the key's width up to 100 facts, growing with them beyond"
+        None, "MEMIT's lambda; by default a tenth of the key's width up to 100 facts, growing as their square up to the width"
     )
     null_space_threshold: float = setting(
         0.02, "AlphaEdit: eigenvalues of the key statistics below this share of their mean count as null"

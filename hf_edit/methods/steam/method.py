@@ -233,7 +233,7 @@ class _Job:
             values,
             self.statistics,
             encode(self.base.tokenizer, [fact_text(f) for f in earlier]),
-            covariance_weight=config.covariance_weight or 0.1 * width * max(1.0, len(facts) / 100),
+            covariance_weight=config.covariance_weight or 0.1 * width * min(max(1.0, len(facts) / 100) ** 2, 10.0),
             null_space_threshold=config.null_space_threshold,
             ridge=config.ridge,
             bare_share=config.bare_share,
