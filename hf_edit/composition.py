@@ -129,6 +129,6 @@ def relinked(packs: Mapping[str, EditPack], active: Sequence[str]) -> dict[str, 
             now = None if beneath is None else linked[beneath].digest
             if now != pack.parent:
                 linked[name] = replace(pack, parent=now)
-        if get_method(pack.method).in_weights:
+        if pack.in_weights:
             beneath = name
     return linked

@@ -22,10 +22,10 @@ def export_peft(pack: EditPack, folder: Path) -> None:
     """See `EditPack.export_peft`."""
     method = get_method(pack.method)
     factors = getattr(method, "factors", None)
-    if not method.in_weights or factors is None:
+    if not pack.in_weights or factors is None:
         raise MergeError(
-            f"edits by {pack.method!r} rewrite hidden states and are no LoRA; share the pack itself (pack.save_pretrained), or "
-            "make the edit with method='steam'"
+            f"this edit by {pack.method!r} acts beside the weights and is no LoRA; share the pack itself "
+            "(pack.save_pretrained), or make the edit with method='steam' and without a gate"
         )
     tensors, ranks = {}, set()
     for module, change in factors(pack.fit).items():

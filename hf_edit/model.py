@@ -265,7 +265,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             active = (*(n for n in self._active if n != pack_name), pack_name)
             self._put(relinked({**self._packs, pack_name: pack}, active), active)
             after = self._ask(wanted, progress) if verify else None
-            health = self._check_health() if verify and how.in_weights else {}
+            health = self._check_health() if verify and pack.in_weights else {}
             results = _results(wanted, before, after, pack.fit.notes)
             report = EditReport(method, pack_name, results, fitted, time.perf_counter() - started - fitted, **health)
             self._measured = [({pack_name: self._packs[pack_name]}, report)]
@@ -304,8 +304,8 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
                 previous = None
             elif len(kept) < len(previous.facts):
                 previous = replace(previous, fit=how.remove(previous.fit, kept))
-        under = [self._packs[n] for n in self._active if n != pack_name and get_method(self._packs[n].method).in_weights]
-        if previous is not None and how.in_weights:
+        under = [self._packs[n] for n in self._active if n != pack_name and self._packs[n].in_weights]
+        if previous is not None and previous.in_weights:
             under.append(previous)
         with self.disable_edits():
             self._base.forget()  # the clean weights may be others than at the last edit
@@ -623,10 +623,10 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             MergeError: edits in force that are no change of weights, or weights that can't take one.
         """
         for name in self._active:
-            if not get_method(self._packs[name].method).in_weights:
+            if not self._packs[name].in_weights:
                 raise MergeError(
-                    f"pack {name!r} ({self._packs[name].method}) rewrites hidden states and can't become weights; share the "
-                    "pack itself (model.save_pretrained), or make the edit with method='steam'"
+                    f"pack {name!r} ({self._packs[name].method}) acts beside the weights and can't become part of them; share "
+                    "the pack itself (model.save_pretrained), or make the edit with method='steam' and without a gate"
                 )
         if not all(getattr(attachment, "in_place", False) for attachment in self._attached):
             raise MergeError(

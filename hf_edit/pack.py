@@ -186,6 +186,11 @@ class EditPack(PushToHub):
             raise ValueError("no fact would be left; delete the pack instead: model.delete_pack(name)")
         return replace(self, fit=get_method(self.method).remove(self.fit, keep))
 
+    @property
+    def in_weights(self) -> bool:
+        """Whether the edit becomes part of the model's weights, so that others are made on top of it."""
+        return get_method(self.method).in_weights and not self.config.conditional
+
     def check_base(self, base: Base) -> None:
         """Refuse another base than the pack was made for; reads the clean model.
 

@@ -10,10 +10,8 @@ from hf_edit import EditPack, Fact
 from hf_edit import gate_training as training
 from hf_edit.base import Base
 from hf_edit.errors import PackFormatError
-from hf_edit.gate import Gate, PromptEnd, asks_about_another, gate_block
+from hf_edit.gate import Gate, PromptEnd, asks_about_another
 from hf_edit.questions import asked_relations, subjects
-from hf_edit.weights.attach import Factors, WeightAttachment
-from hf_edit.weights.switch import GateSwitch
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<s>\n{% endfor %}"
@@ -24,14 +22,6 @@ FACTS = [
     Fact("France", "The official language of {} is", "German"),
     Fact("Spain", "The capital of {} is", "Rome"),
 ]
-
-
-@pytest.fixture
-def quick(monkeypatch, tmp_path):
-    """Training on few prompts, with a cache of its own."""
-    monkeypatch.setenv("HF_EDIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(training, "_GROUPS", 12)
-    monkeypatch.setattr(training, "_STEPS", 30)
 
 
 @pytest.fixture
@@ -49,7 +39,7 @@ def test_the_wordings_that_it_learns_from_are_whole():
     assert all(len(set(own)) == len(own) >= 26 for own in names.values())
 
 
-def test_it_learns_which_prompts_ask_the_same(base, quick, monkeypatch):
+def test_it_learns_which_prompts_ask_the_same(base, quick_gate, monkeypatch):
     """On the pairs that it was trained on it does far better than an untrained projection, whose states are the same."""
     monkeypatch.setattr(training, "_STEPS", 120)
     with training.frozen(base.model):
@@ -67,7 +57,7 @@ def test_it_learns_which_prompts_ask_the_same(base, quick, monkeypatch):
     assert right[1] > right[0] + 0.05
 
 
-def test_training_is_done_once_a_model_and_gives_the_same_gate_again(base, quick, monkeypatch):
+def test_training_is_done_once_a_model_and_gives_the_same_gate_again(base, quick_gate, monkeypatch):
     first = training.train_gate(base, 3, seed=0)
 
     def none(*_):
@@ -78,7 +68,7 @@ def test_training_is_done_once_a_model_and_gives_the_same_gate_again(base, quick
     assert all(torch.equal(t, again.tensors("")[name]) for name, t in first.tensors("").items())
 
 
-def test_many_facts_train_it_further_and_what_measures_them_is_never_read(base, quick, monkeypatch):
+def test_many_facts_train_it_further_and_what_measures_them_is_never_read(base, quick_gate, monkeypatch):
     monkeypatch.setattr(training, "_MANY", 3)
     secret = [
         f.replace(rephrases=(f"Zebra question about {f.subject}",), locality=(f"Zebra of {f.subject} is",)) for f in FACTS
@@ -142,7 +132,7 @@ def test_a_gate_of_the_wrong_form_is_refused():
         Gate.from_tensors({k: v for k, v in good.items() if k != "g.threshold"}, "g.")
 
 
-def test_an_edit_ships_its_gate_and_facts_of_one_subject_go_one_by_one(llama, quick, tmp_path):
+def test_an_edit_ships_its_gate_and_facts_of_one_subject_go_one_by_one(llama, quick_gate, tmp_path):
     settings = {**QUICK_LKS, "gate": True}
     llama.edit(FACTS, "lks", progress=False, verify=False, **settings)
     pack = llama.packs["default"]
@@ -159,25 +149,3 @@ def test_an_edit_ships_its_gate_and_facts_of_one_subject_go_one_by_one(llama, qu
     bad = {**pack.tensors, "gate.keys": pack.tensors["gate.keys"][:2]}
     with pytest.raises(PackFormatError, match="keys"):
         llama.load_pack(EditPack(pack.method, pack.config, type(pack.fit)(bad, pack.fit.modules, pack.facts), pack.base), "x")
-
-
-def test_weight_edits_beside_the_weights_are_switched_by_the_prompt(base):
-    """Each row of a batch gets the fact that its prompt asks for, in prefill and while generating; others the clean model."""
-    model, block = base.model, gate_block(base.layout())
-    gate = Gate(torch.zeros(48), torch.ones(48), torch.eye(48), torch.tensor(0.9995))
-    name = base.layout().projection(1)
-    change = Factors(torch.randn(48, 3), torch.randn(3, 96))
-    prompts = [f.question for f in FACTS] + ["The continent of France is"]
-    rows = [base.tokenizer(p)["input_ids"] for p in prompts]
-    ids = [torch.tensor([row, row]) for row in rows]
-    settings = {"max_new_tokens": 4, "do_sample": False}
-    clean = [model.generate(i, attention_mask=torch.ones_like(i), **settings) for i in ids]
-    switch = GateSwitch(base, gate, block, FACTS)
-    edit = WeightAttachment(model, {name: change}, switch)
-    for number, i in enumerate(ids):
-        got = model.generate(i, attention_mask=torch.ones_like(i), **settings)
-        assert switch().tolist() == [[float(number == k) for k in range(3)]] * 2
-        assert torch.equal(got, clean[number]) == (number == 3)
-    edit.detach()
-    switch.detach()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

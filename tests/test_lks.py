@@ -11,8 +11,8 @@ from transformers import DynamicCache, StaticCache
 
 from hf_edit import EditableModelForCausalLM, Fact
 from hf_edit.methods.lks.generator import make_generator
-from hf_edit.methods.lks.scope import Scope, mentions_in_tokens
 from hf_edit.positions import pad
+from hf_edit.scope import Scope, mentions_in_tokens
 
 FACTS = [
     Fact("New York City", "The mayor of {} is", "Rome"),

@@ -9,9 +9,10 @@ from conftest import CORPUS, FACTS, same, snapshot, tiny_model, trained
 from hf_edit import BaseMismatchError, EditableModelForCausalLM, Fact, KeyStatistics
 from hf_edit.answers import target_probabilities
 from hf_edit.base import Base
+from hf_edit.mentions import Points
 from hf_edit.statistics import Moment
 from hf_edit.suffix import frozen, read_keys_and_states
-from hf_edit.weights.attach import Factors, WeightAttachment
+from hf_edit.weights.attach import ActingAlone, Factors, WeightAttachment
 from hf_edit.weights.editors import EDITORS, Insertion
 from hf_edit.weights.prompts import fact_texts
 from hf_edit.weights.solve import Protected, insert
@@ -152,25 +153,18 @@ def test_attached_factors_change_the_output_by_their_product_and_leave_no_trace(
     assert torch.equal(module(keys), clean)
 
 
-def test_a_condition_switches_each_fact_for_each_row():
-    model = tiny_model("llama")
-    before = snapshot(model)
-    name = NAMES["llama"]
-    change = _factors()[name]
-    module = model.get_submodule(name)
-    keys = torch.randn(3, 4, change.right.shape[1])
-    clean = module(keys)
-    on = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    attachment = WeightAttachment(model, {name: change}, switch=lambda: on)
-    assert not attachment.in_place  # a weight can't tell rows apart
-    assert same(before, model)
-    switched = module(keys)
-    for row, fact in ((0, 0), (1, 1)):
-        expected = clean[row] + keys[row] @ (change.left[:, fact : fact + 1] @ change.right[fact : fact + 1]).T
-        torch.testing.assert_close(switched[row], expected, atol=1e-4, rtol=1e-4)
-    assert torch.equal(switched[2], clean[2])
-    attachment.detach()
-    assert torch.equal(module(keys), clean)
+@pytest.mark.parametrize("flat", [False, True], ids=["rows", "flat"])
+def test_a_fact_by_itself_acts_on_the_tokens_where_it_is_on_and_nowhere_else(flat):
+    change = _factors()[NAMES["llama"]]
+    keys, clean = torch.randn(3, 4, change.right.shape[1]), torch.randn(3, 4, len(change.left))
+    points = Points([0, 2], [1, 3], [1, 0], 4)
+    given = (keys.flatten(0, 1), clean.flatten(0, 1)) if flat else (keys, clean)
+    before = clean.clone()
+    found = ActingAlone(change)(*given, points).reshape(clean.shape)
+    assert torch.equal(clean, before)
+    for row, column, fact in ((0, 1, 1), (2, 3, 0)):
+        before[row, column] += change.left[:, fact] * (change.right[fact] @ keys[row, column])
+    torch.testing.assert_close(found, before)
 
 
 def test_edits_on_top_of_each_other_come_off_in_reverse_without_a_trace():

@@ -42,7 +42,7 @@ from hf_edit.base import Base
 from hf_edit.cache import atomic_path
 from hf_edit.evaluation import evaluate, perplexity
 from hf_edit.facts import fold, resolve_conflicts
-from hf_edit.methods.lks.scope import Scope
+from hf_edit.scope import Scope
 from hf_edit.positions import join
 
 ARMS = ("lks", "prompt", "released", "memit")

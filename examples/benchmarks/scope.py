@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from hf_edit.facts import read_facts
-from hf_edit.methods.lks.scope import Scope
+from hf_edit.scope import Scope
 
 ENTITIES = (10, 100, 1000, 10_000)
 

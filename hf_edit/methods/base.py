@@ -33,6 +33,11 @@ class EditConfig:
 
     structural: ClassVar[tuple[str, ...]] = ()  # settings that all facts of a pack share
 
+    @property
+    def conditional(self) -> bool:
+        """Whether a weight edit stays beside the weights, because the prompt decides whether it is on."""
+        return False
+
     def joining(self: C, pack: EditConfig, given: Mapping[str, Any]) -> C:
         """These settings for facts that join a pack: its structural settings are theirs.
 
@@ -129,7 +134,7 @@ class Method(Protocol):
         """The method's configuration."""
         ...
 
-    in_weights: bool  # whether the edit is a change of weights, on top of which further edits are fitted
+    in_weights: bool  # whether the edit is a change of weights
 
     def fit(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +12,9 @@ from torch import nn
 from ..base import Base
 from ..errors import BaseMismatchError, PackFormatError, PackSecurityError, UnsupportedArchitectureError
 from ..layout import is_transposed, weight_shape
+from ..mentions import Points
 
-__all__ = ["Factors", "Switch", "WeightAttachment", "check_changes"]
+__all__ = ["ActingAlone", "Factors", "WeightAttachment", "check_changes"]
 
 _SAMPLE = 4096
 _MAX_CHANGE = 100.0  # times the weight's own norm
@@ -41,32 +42,23 @@ class Factors:
         return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
 
 
-class Switch(Protocol):
-    """A condition on the prompt: which facts are on, for each row of the batch that runs now."""
-
-    def __call__(self) -> torch.Tensor:
-        """Float [rows, rank] from 0 (off) to 1 (on), in the order of the factors' columns; a row of one serves all rows."""
-        ...
-
-
 class WeightAttachment:
     """Weight changes in force on a model, until `detach`.
 
     Plain single-precision weights are swapped for changed ones and the originals kept, so generation costs nothing and
     taking the change off restores them bit for bit: nothing is ever subtracted. Where that would lose the change
     (half precision, in which small changes round away; quantised or offloaded weights), it runs as a branch beside the
-    weight: y + (x right^T) left^T. A condition needs the branch as well: y + (s * (x right^T)) left^T.
+    weight: y + (x right^T) left^T.
 
     Args:
         model: the base model.
         factors: by module name.
-        switch: the condition under which each fact is on; without one all are.
 
     Raises:
         BaseMismatchError: a module is missing or of another shape; nothing has been changed then.
     """
 
-    def __init__(self, model: Any, factors: Mapping[str, Factors], switch: Switch | None = None) -> None:
+    def __init__(self, model: Any, factors: Mapping[str, Factors]) -> None:
         modules = {name: _checked(model, name, change) for name, change in factors.items()}
         self.in_place = True  # whether all of it stands in the weights themselves
         self._originals: list[_Original] = []
@@ -74,10 +66,10 @@ class WeightAttachment:
         try:
             for name, module in modules.items():
                 weight = module.weight
-                if switch is None and isinstance(weight, nn.Parameter) and _is_plain(weight):
+                if isinstance(weight, nn.Parameter) and _is_plain(weight):
                     self._swap(module, weight, factors[name])
                 else:
-                    self._branch(module, factors[name], switch)
+                    self._branch(module, factors[name])
                     self.in_place = False
         except BaseException:
             self.detach()
@@ -98,7 +90,7 @@ class WeightAttachment:
         self._originals.append(_Original(weight, weight.data, _sample(changed).clone(), change, is_transposed(module)))
         weight.data = changed
 
-    def _branch(self, module: nn.Module, change: Factors, switch: Switch | None) -> None:
+    def _branch(self, module: nn.Module, change: Factors) -> None:
         placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -106,12 +98,26 @@ class WeightAttachment:
             if keys.device not in placed:
                 placed[keys.device] = (change.left.to(keys.device), change.right.to(keys.device))
             left, right = placed[keys.device]
-            found = keys.float() @ right.T
-            if switch is not None:
-                found = found * switch().to(found)[:, None, :]
-            return output + (found @ left.T).to(output.dtype)
+            return output + (keys.float() @ right.T @ left.T).to(output.dtype)
 
         self._handles.append(module.register_forward_hook(hook))
+
+
+@dataclass(frozen=True)
+class ActingAlone:
+    """The effect of a change of a weight of which only the rank that belongs to a fact acts, and only on the tokens where the
+    fact is on: y + left_f (right_f . x)."""
+
+    change: Factors
+
+    def __call__(self, given: torch.Tensor, output: torch.Tensor, points: Points) -> torch.Tensor:
+        """The module's output with what is written at the points."""
+        left, right = self.change.left[:, points.facts].T.to(given.device), self.change.right[points.facts].to(given.device)
+        at = points.of(given)
+        written = (given[at].float() * right).sum(-1, keepdim=True) * left
+        output = output.clone()
+        output[at] += written.to(output.dtype)
+        return output
 
 
 @dataclass(frozen=True)

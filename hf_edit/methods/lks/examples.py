@@ -19,9 +19,9 @@ from ...facts import Fact
 from ...positions import EncodedText, Text, encode, fact_text
 from ...progress import bar
 from ...references import bank_prompts, bank_relations
+from ...scope import Scope, mentions_in_tokens
 from ...texts import sample_contexts, target_tails
 from .config import LKSConfig
-from .scope import Scope, mentions_in_tokens
 
 __all__ = ["Example", "Examples", "build_examples"]
 

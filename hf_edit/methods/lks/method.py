@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 
 from ...base import Base, seeded
 from ...errors import PackFormatError
 from ...facts import Fact, visible
+from ...mentions import MentionAttachment
 from ...positions import joined_without_space
+from ...routing import fit_routing, gate_names, kept_routing, load_routing, validate_routing
+from ...scope import Entities
 from ...suffix import frozen
 from .. import Fit, register_method
-from .attach import LKSAttachment
+from .attach import Rewriting
 from .config import LKSConfig
 from .editor import block_of, checkpoint_path, open_editor
 from .examples import build_examples
 from .features import read_features
 from .generator import Generator, generator_of, packed
-from .routing import fit_routing, gate_names, kept_routing, load_routing, validate_routing
-from .scope import Scope
 from .training import train
 
 __all__ = ["LKS"]
@@ -80,7 +80,7 @@ class LKS:
                 codes = generator.encode(features)
             everything = (*(previous.facts if previous else ()), *facts)
             known = previous.tensors if previous else {}
-            gate = fit_routing(base, block, everything, known, clean, seed, progress) if config.gate else {}
+            gate = fit_routing(base, everything, known, clean, seed, progress, highest=block) if config.gate else {}
         codes = codes.detach().float().cpu()
         tensors = {_PREFIX + name: t for name, t in packed(generator).items()} | gate
         tensors[_CODES] = codes if previous is None else torch.cat([previous.tensors[_CODES], codes])
@@ -124,43 +124,19 @@ class LKS:
                     f"the pack edits {fit.modules}, this model has no such block of {generator.hidden} dimensions"
                 )
 
-    def attach(self, base: Base, fit: Fit, config: LKSConfig) -> LKSAttachment:
+    def attach(self, base: Base, fit: Fit, config: LKSConfig) -> MentionAttachment:
         """See `hf_edit.methods.Method.attach`."""
-        entities = _Entities.of(fit.facts, config.fuzzy)
         generator = _loaded(config, fit).to(base.device).requires_grad_(False)
         codes, block = fit.tensors[_CODES].to(base.device), _block_of(fit.modules[0])
-        routing = load_routing(base, block, fit.tensors)
-        return LKSAttachment(base, block, entities.scope, entities.facts(), generator, codes, routing)
+        effects = {base.layout().blocks[block]: Rewriting(generator, codes)}
+        entities = Entities.of(fit.facts, config.fuzzy)
+        return MentionAttachment(base, entities, effects, load_routing(base, fit.tensors, highest=block))
 
 
 def _single_letter(facts: Sequence[Fact]) -> str | None:
     """A name that would be found everywhere; in scripts without spaces between words one character can be a name."""
     names = (name for fact in facts for name in (fact.subject, *fact.aliases))
     return next((n for n in names if len(seen := visible(n)) == 1 and not joined_without_space(seen)), None)
-
-
-@dataclass(frozen=True)
-class _Entities:
-    """The entities that facts are about: one for each subject, whatever its case."""
-
-    scope: Scope
-    of_fact: tuple[int, ...]
-
-    @classmethod
-    def of(cls, facts: Sequence[Fact], fuzzy: bool = False) -> _Entities:
-        names: dict[str, list[str]] = {}
-        for fact in facts:
-            own = names.setdefault(fact.subject.casefold(), [])
-            own += [n for n in (fact.subject, *fact.aliases) if n not in own]
-        keys = {key: i for i, key in enumerate(names)}
-        return cls(Scope(list(names.values()), fuzzy), tuple(keys[f.subject.casefold()] for f in facts))
-
-    def facts(self) -> list[list[int]]:
-        """For each entity, the numbers of its facts, the newest last."""
-        found: list[list[int]] = [[] for _ in range(1 + max(self.of_fact))]
-        for fact, entity in enumerate(self.of_fact):
-            found[entity].append(fact)
-        return found
 
 
 def _loaded(config: LKSConfig, fit: Fit) -> Generator:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from ...base import Base
+from ...mentions import MentionAttachment
 from ...positions import Text, encode
+from ...scope import Entities, Scope
 from ...suffix import frozen, read_keys_and_states
-from .attach import LKSAttachment
+from .attach import Rewriting
 from .config import LKSConfig
 from .editor import block_of
 from .generator import OverwriteGenerator
-from .scope import Scope
 
 __all__ = ["swap_entity"]
 
@@ -59,7 +60,8 @@ def swap_entity(
     code = states[block].detach().float()
     with torch.device(base.device):
         generator = OverwriteGenerator(code.shape[1])
-    attachment = LKSAttachment(base, block, Scope([[entity]]), [[0]], generator.requires_grad_(False), code)
+    effects = {base.layout().blocks[block]: Rewriting(generator.requires_grad_(False), code)}
+    attachment = MentionAttachment(base, Entities(Scope([[entity]]), ((0,),)), effects)
     try:
         yield
     finally:

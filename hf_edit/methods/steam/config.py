@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from ...weights.editors import EDITORS
+from ...weights.editors import EDITORS, ONE_BY_ONE
 from ...weights.prompts import GENERIC_PROMPTS
 from ..base import EditConfig, require, setting
 from .anchors import AnchorSettings
@@ -41,7 +41,7 @@ class SteamConfig(EditConfig):
         ValueError: a setting is out of range.
     """
 
-    structural = ("edit_module",)
+    structural = ("edit_module", "gate")
 
     base_editor: str | None = setting(
         None, "'rome', 'r_rome', 'memit' or 'alphaedit'; by default ROME for a single fact and MEMIT for several"
@@ -69,6 +69,11 @@ class SteamConfig(EditConfig):
     )
     bystanders: float = setting(
         1.0, "weight of the keys of the prompts' other tokens, at which an insertion must change nothing; 0 leaves them out"
+    )
+    gate: bool = setting(
+        False,
+        "keep the edit beside the weights: each fact by itself, on for prompts that ask for it. Other answers about its "
+        "subject and all other text stay the clean model's, but the edit can't be merged or exported",
     )
     retries: int = setting(
         2, "how often the values of facts that did not land are optimised further, in the edited model, and all inserted anew"
@@ -136,6 +141,11 @@ class SteamConfig(EditConfig):
         require(self.kept_prompts <= len(GENERIC_PROMPTS), f"kept_prompts is at most {len(GENERIC_PROMPTS)}")
 
         require(
+            not self.gate or self.base_editor in (None, *ONE_BY_ONE),
+            f"with a gate each fact is inserted by itself: base_editor is one of {', '.join(sorted(ONE_BY_ONE))}, not "
+            f"{self.base_editor!r}",
+        )
+        require(
             self.statistics is None or self.statistics_tokens is None,
             "statistics_tokens is for the model's own text; leave it out where statistics are given",
         )
@@ -145,6 +155,11 @@ class SteamConfig(EditConfig):
         """Settings that spare the same subject's other facts, at a price in paraphrases and, in large batches, in facts that
         hold; single settings over them. `examples/benchmarks/README.md` has the frontier."""
         return cls(**{"kept_prompts": 9, "kl_factor": 4.0, "enough": 0.9, "balance": True, **settings})
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the prompt decides if the edit is on."""
+        return self.gate
 
     @property
     def anchor_settings(self) -> AnchorSettings:

@@ -8,23 +8,27 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import nn
 
 from ...answers import score_targets
 from ...base import Base
-from ...errors import PackFormatError
+from ...errors import MergeError, PackFormatError
 from ...facts import Fact, fold
 from ...layout import Layout, weight_shape, write_scale
+from ...mentions import MentionAttachment
 from ...positions import encode, fact_text
+from ...routing import GATE, fit_routing, gate_names, kept_routing, load_routing, validate_routing
+from ...scope import Entities
 from ...statistics import KeyStatistics, open_statistics
 from ...suffix import frozen
 from ...texts import sample_contexts
-from ...weights.attach import Factors, WeightAttachment, check_changes
+from ...weights.attach import ActingAlone, Factors, WeightAttachment, check_changes
 from ...weights.editors import EDITORS, ONE_BY_ONE, Insertion
 from ...weights.prompts import FactTexts, fact_texts
 from ...weights.solve import Update
 from ...weights.values import Objective, Values, ValueSettings, optimize_values
 from .. import Fit, register_method
-from ..base import require
+from ..base import Attachment, require
 from .alignment import Alignment, Contrast
 from .anchors import Anchors, build_anchors, informative_blocks
 from .config import BaselineConfig, SteamConfig
@@ -32,6 +36,11 @@ from .config import BaselineConfig, SteamConfig
 __all__ = ["Steam"]
 
 _PARTS = ("left", "right", "gram")
+_JOINED: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
+    "left": partial(torch.cat, dim=1),
+    "right": torch.cat,
+    "gram": lambda grams: torch.block_diag(*grams),
+}
 
 ObjectiveOf = Callable[[Sequence[int]], Objective | None]  # the alignment term of facts of a group, by their indices in it
 
@@ -69,35 +78,47 @@ class Steam:
             self._editor is None or config.base_editor in (None, self._editor),
             f"method={self.name!r} is an editor by itself; for base_editor={config.base_editor!r} take method='steam'",
         )
-        editor = self._editor or config.base_editor or ("rome" if len(facts) == 1 else "memit")
+        require(
+            not config.gate or self._editor in (None, *ONE_BY_ONE),
+            f"with a gate each fact is inserted by itself, which {self.name!r} does not do; take method='steam'",
+        )
+        editor = self._editor or config.base_editor or ("rome" if len(facts) == 1 or config.gate else "memit")
         earlier = list(previous.facts) if previous else []
         with ExitStack() as stack:
             stack.enter_context(frozen(base.model))
             with clean():
                 job = _Job.prepare(base, config, editor, seed, progress)
                 anchors = job.anchors(facts) if self._anchored and (config.anchor_weight or config.anchor_ratio) else None
-            tensors: dict[str, torch.Tensor] = dict(previous.tensors) if previous else {}
-            groups = [[i] for i in range(len(facts))] if editor in ONE_BY_ONE else _apart(facts)
+            before = previous.tensors if previous else {}
+            tensors = {name: t for name, t in before.items() if not name.startswith(GATE)}
+            groups = _groups(facts, editor, config.gate)
             for group in groups:
                 subjects = {fold(facts[i].subject) for i in group}
                 # what stands about the same subject has the same key: to protect it would keep the new fact out
                 protected = [f for f in earlier if fold(f.subject) not in subjects]
                 updates = job.fit([facts[i] for i in group], partial(job.objective, anchors, group), protected)
                 earlier += [facts[i] for i in group]
-                tensors = _appended(tensors, updates)
-                stack.enter_context(job.in_force(updates))
+                tensors = _appended(tensors, updates, _PARTS[:2] if config.gate else _PARTS)
+                if not config.gate:  # behind a gate, facts never meet
+                    stack.enter_context(job.in_force(updates))
+            everything = (*(previous.facts if previous else ()), *facts)
+            gate = fit_routing(base, everything, before, clean, seed, progress) if config.gate else {}
         notes = {str(f.id): _note(n) for f, n in zip(facts, anchors.counts, strict=True)} if anchors else {}
         modules = tuple(sorted({name.rpartition(".")[0] for name in tensors}))
         ordered = (facts[i] for group in groups for i in group)
-        return Fit(tensors, modules, (*(previous.facts if previous else ()), *ordered), notes)
+        return Fit(tensors | gate, modules, (*(previous.facts if previous else ()), *ordered), notes)
 
     def remove(self, fit: Fit, keep: Sequence[int]) -> Fit:
         """The same edit with only the facts `keep`: each weight's update is solved again from its stored gram matrix.
 
         In one layer that is the edit of the same values without the other facts. Of several layers, the upper ones keep the
-        residuals that they were given with those facts in force below.
+        residuals that they were given with those facts in force below. Behind a gate facts stand by themselves, and the others
+        stay bit for bit.
         """
         keep = list(keep)
+        facts = tuple(fit.facts[i] for i in keep)
+        if any(name.startswith(GATE) for name in fit.tensors):
+            return Fit(_chosen(fit, keep) | kept_routing(fit.tensors, keep), fit.modules, facts)
         tensors: dict[str, torch.Tensor] = {}
         for module in fit.modules:
             left, right, gram = (fit.tensors[f"{module}.{part}"].double() for part in _PARTS)
@@ -105,10 +126,19 @@ class Steam:
             gram = gram[keep][:, keep]
             solved = torch.linalg.solve(torch.eye(len(keep), dtype=torch.float64) + gram, whitened[keep])
             tensors |= {f"{module}.{p}": t.float() for p, t in zip(_PARTS, (left[:, keep], solved, gram), strict=True)}
-        return Fit(tensors, fit.modules, tuple(fit.facts[i] for i in keep))
+        return Fit(tensors, fit.modules, facts)
 
     def join(self, one: Fit, other: Fit) -> Fit:
-        """Both edits in one: their changes add up."""
+        """Both edits in one: their changes add up.
+
+        Raises:
+            MergeError: they have gates, each of its own training.
+        """
+        if any(name.startswith(GATE) for name in {*one.tensors, *other.tensors}):
+            raise MergeError(
+                "packs with gates can't become one, as each gate was trained for its own; put both on the model: "
+                "model.load_pack(pack, pack_name=...)"
+            )
         tensors = _appended(one.tensors, {m: _update(other, m) for m in other.modules})
         return Fit(tensors, tuple(sorted({*one.modules, *other.modules})), (*one.facts, *other.facts))
 
@@ -117,24 +147,34 @@ class Steam:
         count = len(fit.facts)
         if len(set(fit.modules)) < len(fit.modules):
             raise PackFormatError("the pack names a module twice")
-        expected = {f"{module}.{part}" for module in fit.modules for part in _PARTS}
-        if wrong := sorted(expected ^ set(fit.tensors)):
+        of_gate = gate_names(fit.tensors)
+        if bool(of_gate) != config.gate:
+            raise PackFormatError(f"the pack says gate={config.gate} and has {'one' if of_gate else 'none'}")
+        parts = _PARTS[:2] if of_gate else _PARTS
+        expected = {f"{module}.{part}" for module in fit.modules for part in parts}
+        if wrong := sorted(expected ^ (set(fit.tensors) - of_gate)):
             raise PackFormatError(f"the pack's tensors do not match its modules: {', '.join(wrong)[:300]}")
         for module in fit.modules:
-            left, right, gram = (fit.tensors[f"{module}.{part}"] for part in _PARTS)
-            if any(t.dtype != torch.float32 or t.dim() != 2 for t in (left, right, gram)):
+            left, right, *gram = (fit.tensors[f"{module}.{part}"] for part in parts)
+            if any(t.dtype != torch.float32 or t.dim() != 2 for t in (left, right, *gram)):
                 raise PackFormatError(f"the factors of {module} must be float32 matrices")
-            if (left.shape[1], right.shape[0], *gram.shape) != (count,) * 4:
+            if any(size != count for size in (left.shape[1], right.shape[0], *(n for g in gram for n in g.shape))):
                 raise PackFormatError(f"the factors of {module} are not for {count} facts")
+        hidden = fit.tensors[f"{fit.modules[0]}.left"].shape[0] if of_gate else 0
+        validate_routing(fit.tensors, count, hidden)
         if base is not None:
             check_changes(self.factors(fit), base, config.edit_module)
 
     def factors(self, fit: Fit) -> dict[str, Factors]:
         """The changes of weights by module; column i of `left` and row i of `right` belong to fact i."""
-        return {m: _update(fit, m).factors for m in fit.modules}
+        return {m: Factors(fit.tensors[f"{m}.left"], fit.tensors[f"{m}.right"]) for m in fit.modules}
 
-    def attach(self, base: Base, fit: Fit, config: SteamConfig) -> WeightAttachment:
+    def attach(self, base: Base, fit: Fit, config: SteamConfig) -> Attachment:
         """See `hf_edit.methods.Method.attach`."""
+        if config.gate:
+            modules: dict[str, nn.Module] = {name: base.model.get_submodule(name) for name in fit.modules}
+            effects = {modules[name]: ActingAlone(change) for name, change in self.factors(fit).items()}
+            return MentionAttachment(base, Entities.of(fit.facts), effects, load_routing(base, fit.tensors))
         return WeightAttachment(base.model, self.factors(fit))
 
 
@@ -241,7 +281,8 @@ class _Job:
         )
         best = updates = EDITORS[self.editor](problem)
         lowest = (len(facts) + 1, 0.0)
-        for left in reversed(range(config.retries + 1)) if config.retries else ():
+        retries = 0 if config.gate else config.retries  # behind a gate nothing gets between a value and its fact
+        for left in reversed(range(retries + 1)) if retries else ():
             with self.in_force(updates):
                 scores = score_targets(self.base, [text.rewrites[0] for text in texts])
                 short = [i for i, score in enumerate(scores) if not score.right]
@@ -312,19 +353,34 @@ def _apart(facts: Sequence[Fact]) -> list[list[int]]:
     return groups
 
 
+def _groups(facts: Sequence[Fact], editor: str, gate: bool) -> list[list[int]]:
+    """Indices of facts that are edited together, group on top of group."""
+    if gate:
+        return [list(range(len(facts)))]
+    return [[i] for i in range(len(facts))] if editor in ONE_BY_ONE else _apart(facts)
+
+
+def _chosen(fit: Fit, keep: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The factors of some of the facts."""
+    parts = {f"{m}.left": fit.tensors[f"{m}.left"][:, list(keep)] for m in fit.modules}
+    return parts | {f"{m}.right": fit.tensors[f"{m}.right"][list(keep)] for m in fit.modules}
+
+
 def _update(fit: Fit, module: str) -> Update:
     left, right, gram = (fit.tensors[f"{module}.{part}"] for part in _PARTS)
     return Update(Factors(left, right), gram)
 
 
-def _appended(tensors: dict[str, torch.Tensor], updates: dict[str, Update]) -> dict[str, torch.Tensor]:
+def _appended(
+    tensors: dict[str, torch.Tensor], updates: dict[str, Update], parts: Sequence[str] = _PARTS
+) -> dict[str, torch.Tensor]:
     """Earlier factors with new ones beside them; a module that only one of the two edits gets zeros for the other."""
     new = {m: dict(zip(_PARTS, (u.factors.left, u.factors.right, u.gram), strict=True)) for m, u in updates.items()}
     old: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
         old.setdefault(module, {})[part] = tensor
-    counts = [next((len(parts["right"]) for parts in side.values()), 0) for side in (old, new)]
+    counts = [next((len(side[m]["right"]) for m in side), 0) for side in (old, new)]
     joined = {}
     for module in sorted({*old, *new}):
         like = old.get(module) or new[module]
@@ -333,13 +389,12 @@ def _appended(tensors: dict[str, torch.Tensor], updates: dict[str, Update]) -> d
             or {
                 "left": torch.zeros(len(like["left"]), count),
                 "right": torch.zeros(count, like["right"].shape[1]),
-                "gram": torch.zeros(count, count),
+                "gram": torch.zeros(1, 1).expand(count, count),
             }
             for side, count in zip((old, new), counts, strict=True)
         ]
-        joined[f"{module}.left"] = torch.cat([side["left"] for side in sides], dim=1)
-        joined[f"{module}.right"] = torch.cat([side["right"] for side in sides])
-        joined[f"{module}.gram"] = torch.block_diag(*(side["gram"] for side in sides))
+        for part in parts:
+            joined[f"{module}.{part}"] = _JOINED[part]([side[part] for side in sides])
     return joined
 
 

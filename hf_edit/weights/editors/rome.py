@@ -1,4 +1,4 @@
-"""ROME and R-ROME: a rank-one edit of one fact in one layer."""
+"""ROME and R-ROME: rank-one edits in one layer, each as if it were the only one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["r_rome", "rome"]
 
 
 def rome(problem: Insertion) -> dict[str, Update]:
-    """Rank-one edit of a single fact (arXiv 2202.05262, eq. 2): W += delta u^T / (k0 . u), u = C^-1 k."""
+    """A rank-one edit a fact (arXiv 2202.05262, eq. 2): W += delta u^T / (k0 . u), u = C^-1 k."""
     return _rank_one(problem, problem.keys(problem.layers[-1], bare=True))
 
 
@@ -23,10 +23,8 @@ def r_rome(problem: Insertion) -> dict[str, Update]:
 
 def _rank_one(problem: Insertion, inserted: torch.Tensor) -> dict[str, Update]:
     block = problem.layers[-1]
-    keys = problem.keys(block)
-    direction = problem.moment(block).solve(keys.T)[:, 0]
-    direction = direction / direction.norm()
-    left = problem.values.deltas[0].double().cpu() / (inserted[0].cpu() @ direction)
-    return {
-        problem.layout.projection(block): Update(Factors(left[:, None].float(), direction[None].float()), torch.zeros(1, 1))
-    }
+    directions = problem.moment(block).solve(problem.keys(block).T).T
+    directions = directions / directions.norm(dim=1, keepdim=True)
+    left = problem.values.deltas.double().cpu() / (inserted.cpu() * directions).sum(1, keepdim=True)
+    gram = torch.zeros(1, 1).expand(len(left), len(left))
+    return {problem.layout.projection(block): Update(Factors(left.T.float(), directions.float()), gram)}

@@ -10,9 +10,10 @@ from typing import Any
 
 import ahocorasick
 
-from ...positions import joined_without_space
+from .facts import Fact
+from .positions import joined_without_space
 
-__all__ = ["Mention", "Scope", "mentions_in_tokens"]
+__all__ = ["Entities", "Mention", "Scope", "mentions_in_tokens"]
 
 _EXACT_CASE = 3  # names up to this length match in their own case only: "US" is not "us"
 _FUZZY_LENGTH = 8  # names from this length on are also found with one typing mistake, where that is asked for
@@ -255,3 +256,27 @@ def _katakana(character: str) -> bool:
 
 def _word(character: str) -> bool:
     return character.isalnum() or character == "_" or (character > "\x7f" and unicodedata.category(character)[0] == "M")
+
+
+@dataclass(frozen=True)
+class Entities:
+    """The entities that facts are about: one for each subject, whatever its case.
+
+    Attributes:
+        scope: finds them.
+        facts: for each entity, the numbers of its facts, the newest last.
+    """
+
+    scope: Scope
+    facts: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, facts: Sequence[Fact], fuzzy: bool = False) -> Entities:
+        """Those of some facts, under their aliases too."""
+        names: dict[str, dict[str, None]] = {}
+        own: dict[str, list[int]] = {}
+        for number, fact in enumerate(facts):
+            key = fact.subject.casefold()
+            names.setdefault(key, {}).update(dict.fromkeys((fact.subject, *fact.aliases)))
+            own.setdefault(key, []).append(number)
+        return cls(Scope([list(each) for each in names.values()], fuzzy), tuple(tuple(each) for each in own.values()))

@@ -1,4 +1,4 @@
-"""The gate of an LKS pack: trained with it, shipped in it, and put in force with it."""
+"""The gate of a pack: trained with it, shipped in it, and put in force with it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from ...base import Base
-from ...errors import PackFormatError
-from ...facts import Fact
-from ...gate import Gate, PromptEnd, gate_block, read_queries
-from ...gate_training import train_gate
-from .attach import Routing
+from .base import Base
+from .errors import PackFormatError
+from .facts import Fact
+from .gate import Gate, PromptEnd, gate_block, read_queries
+from .gate_training import train_gate
+from .mentions import Routing
 
 __all__ = ["GATE", "fit_routing", "gate_names", "kept_routing", "load_routing", "validate_routing"]
 
@@ -22,23 +22,23 @@ _KEYS = GATE + "keys"
 
 def fit_routing(
     base: Base,
-    block: int,
     facts: Sequence[Fact],
     previous: Mapping[str, torch.Tensor],
     clean: Callable[[], AbstractContextManager[None]],
     seed: int,
     progress: bool,
+    highest: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """The tensors of a gate for facts.
 
     Args:
         base: the model, with the weight edits in force that this edit comes on top of.
-        block: the block that the edit rewrites.
         facts: all facts of the pack, those that it had before in front.
         previous: the tensors that the pack had before; its gate stays as it is.
         clean: gives a context in which the model is free of edits: there the gate is trained, because its training is kept.
+        highest: the last block that the gate may read, for edits that are made behind it in the same run.
     """
-    read_at = gate_block(base.layout(), highest=block)
+    read_at = gate_block(base.layout(), highest)
     gate = Gate.from_tensors(previous, GATE)
     known = previous[_KEYS] if gate is not None else None
     if gate is None:
@@ -82,9 +82,9 @@ def validate_routing(tensors: Mapping[str, torch.Tensor], facts: int, hidden: in
         )
 
 
-def load_routing(base: Base, block: int, tensors: Mapping[str, torch.Tensor]) -> Routing | None:
-    """The gate of a pack, ready to use; None where it has none: then each entity's newest fact always holds."""
+def load_routing(base: Base, tensors: Mapping[str, torch.Tensor], highest: int | None = None) -> Routing | None:
+    """The gate of a pack, ready to use; None where it has none. `highest` as in `fit_routing`."""
     gate = Gate.from_tensors(tensors, GATE)
     if gate is None:
         return None
-    return Routing(gate.to(base.device), tensors[_KEYS].to(base.device), gate_block(base.layout(), highest=block))
+    return Routing(gate.to(base.device), tensors[_KEYS].to(base.device), gate_block(base.layout(), highest))

@@ -1,4 +1,4 @@
-"""LKS with a gate: the fact that the prompt asks for, the same in every way of running the model."""
+"""Edits at mentions, with a gate: the fact that the prompt asks for, the same in every way of running the model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from transformers import DynamicCache, StaticCache
 from hf_edit.asked import asked_at
 from hf_edit.base import Base
 from hf_edit.gate import Gate, read_queries
-from hf_edit.methods.lks.attach import LKSAttachment, Routing
+from hf_edit.layout import weight_shape
+from hf_edit.mentions import Effect, MentionAttachment, Routing
+from hf_edit.methods.lks.attach import Rewriting
 from hf_edit.methods.lks.generator import ContextGenerator
-from hf_edit.methods.lks.scope import Scope
 from hf_edit.positions import pad
+from hf_edit.scope import Entities, Scope
+from hf_edit.weights.attach import ActingAlone, Factors
 
 CAPITAL, LANGUAGE, OTHER = "The capital of France is", "The official language of France is", "The continent of France is"
 SPAIN = "The capital of Spain is"
@@ -25,29 +28,46 @@ LATER = "The official language of France is, we heard, not easy to learn. And th
 EARLIER = "The capital of France is a large city. The country of Germany has another. The official language of it is"
 # facts: 0 to 2 about France, the newest last, 3 about Spain; what each is asked by
 ASKED = {0: CAPITAL, 1: LANGUAGE, 2: EARLIER, 3: SPAIN}
-FACTS = [[0, 1, 2], [3]]
+FACTS = ((0, 1, 2), (3,))
 PROMPTS = [CAPITAL, LANGUAGE, OTHER, SPAIN, "Nobody is here", EARLIER, LATER]
 BLOCK = 3
+ENTITIES = Entities(Scope([["France"], ["Spain"]]), FACTS)
 
 
-def attached(base: Base, gate_block: int = BLOCK) -> LKSAttachment:
-    """A strong random edit behind a gate that fires on the very texts of `ASKED`."""
+def attached(base: Base, gate_block: int = BLOCK, kind: str = "states") -> MentionAttachment:
+    """A strong random edit, of states or of weights below the gate's block; the gate fires on the very texts of `ASKED`."""
     size = base.layout().hidden_size
     gate = Gate(torch.zeros(size), torch.ones(size), torch.eye(size), torch.tensor(0.9995))
     rows = [base.tokenizer(text)["input_ids"] for text in ASKED.values()]
     keys = gate.project(read_queries(base, gate_block, rows, [len(row) - 1 for row in rows]))
+    return MentionAttachment(base, ENTITIES, effects(base, kind), Routing(gate, keys, gate_block))
+
+
+def effects(base: Base, kind: str) -> dict[torch.nn.Module, Effect]:
+    """What a strong random edit does, by module."""
     torch.manual_seed(1)
+    layout, size = base.layout(), base.layout().hidden_size
+    if kind == "weights":
+        modules = [base.model.get_submodule(layout.projection(block)) for block in (1, 2)]
+        return {m: ActingAlone(Factors(torch.randn(size, 4) * 9, torch.randn(4, weight_shape(m)[1]))) for m in modules}
     generator = ContextGenerator(size, size, 1).requires_grad_(False)
     generator.out.weight.normal_(std=0.5)
     codes = torch.randn(len(ASKED), size) * 3
-    return LKSAttachment(base, BLOCK, Scope([["France"], ["Spain"]]), FACTS, generator, codes, Routing(gate, keys, gate_block))
+    return {layout.blocks[BLOCK]: Rewriting(generator, codes)}
 
 
-@pytest.fixture(params=["llama", "gptj", "gpt2", "mistral", "bloom"])
+@pytest.fixture(
+    params=[
+        *((name, "states") for name in ("llama", "gptj", "gpt2", "mistral", "bloom")),
+        ("llama", "weights"),
+        ("bloom", "weights"),
+    ],
+    ids="-".join,
+)
 def edited(request, tokenizer):
-    base = Base(tiny_model(request.param), tokenizer)
+    base = Base(tiny_model(request.param[0]), tokenizer)
     base.model.generation_config.eos_token_id = None
-    base.attachment = attached(base)
+    base.attachment = attached(base, kind=request.param[1])
     return base
 
 
@@ -74,18 +94,18 @@ def same(one, other):
     return torch.allclose(one, other, atol=1e-3)
 
 
-@pytest.mark.parametrize("gate_block", [BLOCK, BLOCK - 2])
-def test_each_prompt_gets_the_fact_that_it_asks_for_and_others_are_answered_by_the_clean_model(tokenizer, gate_block):
+@pytest.mark.parametrize(("gate_block", "kind"), [(BLOCK, "states"), (BLOCK - 2, "states"), (BLOCK, "weights")])
+def test_each_prompt_gets_the_fact_that_it_asks_for_and_others_are_answered_by_the_clean_model(tokenizer, gate_block, kind):
     base = Base(tiny_model("llama"), tokenizer)
     clean = {text: single(base, text) for text in PROMPTS}
     forced = {}
-    edit = attached(base, gate_block)
+    edit = attached(base, gate_block, kind)
     for text in PROMPTS:
         forced[text] = single(base, text)
         assert torch.equal(forced[text], clean[text]) == (text in (OTHER, "Nobody is here", LATER))
     edit.detach()
     for fact, text in ASKED.items():  # the same as an edit of that fact alone, without a gate
-        edit = attached(base, gate_block)
+        edit = attached(base, gate_block, kind)
         edit._routing, edit._facts = None, [[fact], [fact]] if text != EARLIER else [[fact], [3]]
         close(single(base, text), forced[text])
         edit.detach()
@@ -214,10 +234,11 @@ def test_answers_behind_a_prompt_do_not_hide_what_it_asked(edited):
     assert not same(untold[prompt - 1], told[prompt - 1])
 
 
+@pytest.mark.parametrize("kind", ["states", "weights"])
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
-def test_an_edited_model_can_be_copied_and_the_copy_stands_by_itself(tokenizer, way):
+def test_an_edited_model_can_be_copied_and_the_copy_stands_by_itself(tokenizer, way, kind):
     base = Base(tiny_model("llama"), tokenizer)
-    edit = attached(base)
+    edit = attached(base, kind=kind)
     expected = generated(base, ids_of(base, CAPITAL))
     twin = Base(way(base.model), tokenizer)
     edit.detach()
@@ -233,7 +254,7 @@ def test_a_question_about_somebody_else_leaves_the_subject_alone(tokenizer, monk
     edit = attached(base)
     edit._scope = Scope([["France"], ["Nobody"]])
     assert torch.equal(single(base, text), clean)
-    monkeypatch.setattr("hf_edit.methods.lks.attach.asks_about_another", lambda *_: False)
+    monkeypatch.setattr("hf_edit.mentions.asks_about_another", lambda *_: False)
     assert not torch.equal(single(base, text), clean)
 
 

@@ -1,0 +1,524 @@
+"""Edits that stay beside the weights and act on the tokens where a text mentions an entity, if the prompt asks for the fact.
+
+What an edit does there is an `Effect`: put another state in the place of the entity's (LKS), or let a change of weights act on
+that token alone (weight edits with a gate).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .asked import asking
+from .base import Base
+from .gate import Gate, PromptEnd, asks_about_another
+from .scope import Entities, mentions_in_tokens
+from .suffix import hidden_of
+
+__all__ = ["Effect", "MentionAttachment", "Points", "Routing"]
+
+_KEPT = "_hf_edit_rows"  # where a cache says, for each edit, what was done to the tokens that it holds
+_NONE = -1
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which fact of an entity a prompt asks for.
+
+    Attributes:
+        gate: on the model's device.
+        keys: [facts, size], `Gate.project` of the state behind each fact's own prompt.
+        block: the block whose output the gate reads. Where the edit acts below it, a prompt that asks for a fact runs twice.
+    """
+
+    gate: Gate
+    keys: torch.Tensor
+    block: int
+
+
+@dataclass(frozen=True)
+class Points:
+    """Tokens of a run at which facts are on, each given by its row, its column among those that run, and its fact.
+
+    Attributes:
+        rows, columns, facts: all of one length.
+        width: how many columns run.
+    """
+
+    rows: list[int]
+    columns: list[int]
+    facts: list[int]
+    width: int
+
+    def of(self, states: torch.Tensor) -> tuple[list[int], ...]:
+        """The index of these tokens in a module's tensor: [rows, columns, ...], or [rows * columns, ...] where it is flat."""
+        if states.dim() == 3:
+            return self.rows, self.columns
+        return ([row * self.width + column for row, column in zip(self.rows, self.columns, strict=True)],)
+
+
+class Effect(Protocol):
+    """What an edit does behind a module, at the tokens where facts are on."""
+
+    def __call__(self, given: torch.Tensor, output: Any, points: Points, /) -> Any:
+        """The module's output as it is to be.
+
+        Args:
+            given: the module's first argument.
+            output: as the module has it; left as it is.
+            points: at least one.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A place in a text where the gate looks: columns count from the text's beginning, padding included.
+
+    Attributes:
+        final: at the end of a prompt the answer holds for all entities; in generated text a fact that is asked for is switched
+            on and nothing is switched off, because the second token of an answer asks for nothing any more.
+    """
+
+    row: int
+    column: int
+    final: bool
+
+
+@dataclass
+class _Row:
+    """What is known of one row of a batch.
+
+    Attributes:
+        ids: all tokens.
+        mentions: (column of the last token, entity).
+        asked: the questions that were put, by column.
+        events: (column of the question, entity, fact or -1).
+        applied: by column, the fact that its state was rewritten for.
+    """
+
+    ids: list[int]
+    mentions: list[tuple[int, int]] = field(default_factory=list)
+    asked: list[_Question] = field(default_factory=list)
+    events: list[tuple[int, int, int]] = field(default_factory=list)
+    applied: dict[int, int] = field(default_factory=dict)
+
+    def until(self, length: int) -> _Row:
+        """The same as it stood when the text had this length."""
+        return _Row(
+            self.ids[:length],
+            [m for m in self.mentions if m[0] < length],
+            [q for q in self.asked if q.column < length],
+            [e for e in self.events if e[0] < length],
+            {c: f for c, f in self.applied.items() if c < length},
+        )
+
+
+@dataclass
+class _Plan:
+    """What is to be done in one run of the decoder.
+
+    Attributes:
+        text: [rows, columns], from the beginning as far as it is known.
+        mask: 2-D, of the same shape, or None.
+        first: the first column that runs now.
+        rows: as they will stand after it.
+        questions: those in columns that run now, in order.
+        arguments: of the decoder, by name.
+        points: where facts are on in this run, once its lowest effect has come.
+        clouded: questions that the gate could not judge, because it would have read what the edit did.
+    """
+
+    text: torch.Tensor
+    mask: torch.Tensor | None
+    first: int
+    rows: list[_Row]
+    questions: list[_Question]
+    arguments: dict[str, Any]
+    points: Points | None = None
+    clouded: list[_Question] = field(default_factory=list)
+
+
+class _Run(threading.local):
+    """What hooks tell each other during a run; a copy of a model begins with none of it."""
+
+    plan: _Plan | None = None
+    again: bool = False
+    shown: tuple[torch.Tensor, torch.Tensor | None, bool] | None = None  # text, mask, whether it is a prompt
+    prompt: int = 0  # columns of the prompt that is being continued
+    asked: tuple[int, ...] | None = None
+
+    def __reduce__(self) -> tuple[type[_Run], tuple[()]]:
+        return _Run, ()
+
+
+_AGAIN: ContextVar[list[_Question] | None] = ContextVar("again", default=None)  # the questions of a run that is repeated
+
+
+class MentionAttachment:
+    """An edit in force on a model at the mentions of its entities, until `detach`.
+
+    The edit acts on the last token of every mention: in prompts, behind left padding, in continued conversations,
+    and in text that the model itself generates. With a gate, the end of the prompt decides for which of the entity's facts,
+    if any: the same forward reads it. In generated text a fact is switched on where the text comes to ask for it.
+
+    What is right depends on the whole text, and tokens may have been run before it was known: the question comes in a later
+    chunk or turn than the mention, a name turns out to be the beginning of another, or the gate reads a block above the one
+    where the edit acts. Then the tokens from the first changed mention on are run again, in place of what the cache held. So
+    every way of running the model gives what the whole prompt gives at once.
+
+    Args:
+        base: model and tokenizer.
+        entities: that are looked for, and their facts.
+        effects: what is done, by module.
+        routing: how a fact is chosen; without it the entity's newest fact is always on.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        entities: Entities,
+        effects: Mapping[nn.Module, Effect],
+        routing: Routing | None = None,
+    ) -> None:
+        self._model, self._tokenizer = base.model, base.tokenizer
+        self._scope, self._facts, self._routing = entities.scope, entities.facts, routing
+        self._end = PromptEnd(base.tokenizer) if routing is not None else None
+        self._window = entities.scope.longest + 8
+        self._key = uuid.uuid4().hex  # tells the records of several edits on one cache apart, also once it was copied
+        self._now = _Run()
+        decoder = base.model.get_decoder()
+        self._handles = [
+            base.model.register_forward_pre_hook(self._read_labels, with_kwargs=True),
+            decoder.register_forward_pre_hook(self._find, prepend=True, with_kwargs=True),
+            decoder.register_forward_hook(self._settle),
+            *(m.register_forward_hook(functools.partial(self._act, effect), prepend=True) for m, effect in effects.items()),
+        ]
+        if routing is not None:  # in front of the hook that acts, where it is the same module
+            judged = base.layout().blocks[routing.block]
+            self._handles.append(judged.register_forward_hook(self._judge, prepend=True))
+        self._before = base.model.__dict__.get("prepare_inputs_for_generation")
+        base.model.prepare_inputs_for_generation = _Prepare(self, base.model, self._before)
+
+    def detach(self) -> None:
+        """Leave the model as it was; may be called again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._model is not None:
+            if self._before is None:
+                del self._model.prepare_inputs_for_generation
+            else:
+                self._model.prepare_inputs_for_generation = self._before
+        self._model = None
+
+    def show(self, text: torch.Tensor, mask: torch.Tensor | None, is_prompt: bool) -> None:
+        """The whole text of each row, which the model itself only gets token by token inside `generate`."""
+        self._now.shown = text, mask, is_prompt
+
+    # --- before the decoder runs --------------------------------------------------------------------------------------
+
+    def _read_labels(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Labels tell where an answer begins: the prompt ends in front of the first one, where some tokens have none."""
+        labels = kwargs.get("labels")
+        self._now.asked = None
+        if isinstance(labels, torch.Tensor) and labels.dim() == 2:
+            mask = kwargs.get("attention_mask")
+            skipped = (labels != -100).long().argmax(1)
+            if isinstance(mask, torch.Tensor) and mask.shape == labels.shape:
+                skipped = skipped - (mask.long().argmax(1))
+            if bool((skipped > 0).all()):
+                self._now.asked = tuple((skipped - 1).tolist())
+
+    def _find(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Which of the tokens end a mention, and where the gate has to look."""
+        now = self._now
+        kind: Any = type(decoder)
+        arguments = dict(list(_signature(kind).bind_partial(decoder, *args, **kwargs).arguments.items())[1:])
+        arguments = {**arguments.pop("kwargs", {}), **arguments}
+        ids = arguments.get("input_ids")
+        if now.again:
+            if now.plan is not None and ids is not None:  # several edits may each have more tokens run again
+                now.plan.first, now.plan.points = now.plan.text.shape[1] - ids.shape[1], None
+            return
+        shown, now.shown, now.plan = now.shown, None, None
+        if ids is None:
+            now.prompt = 0
+            return
+        cache = arguments.get("past_key_values")
+        done = _length(cache)
+        known = getattr(cache, _KEPT, {}).get(self._key, []) if done else []
+        text, first = self._whole(ids, done, known, shown)
+        if shown is not None and shown[2]:
+            now.prompt = text.shape[1]
+        mask: Any = shown[1] if shown is not None and shown[1] is not None else arguments.get("attention_mask")
+        mask = mask[:, -text.shape[1] :] if _fits(mask, text) else None
+        kept = None if mask is None else mask.tolist()
+        rows: list[_Row] = []
+        questions: list[_Question] = []
+        for number, tokens in enumerate(text.tolist()):
+            real = [i for i in range(len(tokens)) if kept is None or kept[number][i]]
+            row = _Row(tokens)
+            if first:
+                past = _matching(known, number, tokens, first)
+                row = replace(past.until(first), ids=tokens) if past is not None else row
+            row.mentions = self._mentions(row, real, first)
+            rows.append(row)
+            if self._routing is not None and real:
+                questions += self._questions(number, tokens, real, first, shown)
+        if (repeated := _AGAIN.get()) is not None:  # another edit has the tokens run again
+            questions = [q for q in repeated if q.column >= first]
+        questions.sort(key=lambda q: q.column)
+        now.asked = None
+        now.plan = _Plan(text, mask, first, rows, questions, arguments)
+
+    def _whole(
+        self,
+        ids: torch.Tensor,
+        done: int,
+        known: Sequence[_Row],
+        shown: tuple[torch.Tensor, torch.Tensor | None, bool] | None,
+    ) -> tuple[torch.Tensor, int]:
+        """The rows' ids from the beginning, as far as they are known, and the first column that runs now."""
+        if not done:
+            return ids, 0
+        whole = done + ids.shape[1]
+        if shown is not None and shown[0].shape[0] == ids.shape[0] and shown[0].shape[1] >= whole:
+            return shown[0][:, :whole], done
+        if len(known) == ids.shape[0] and all(len(row.ids) >= done for row in known):
+            return torch.cat([ids.new_tensor([row.ids[:done] for row in known]), ids], dim=1), done
+        return ids, 0
+
+    def _mentions(self, row: _Row, real: Sequence[int], first: int) -> list[tuple[int, int]]:
+        """All mentions of a row: those that are known to stay, and what a look at the text's end finds."""
+        settled = max(0, first - self._window)  # a name that ends further back can't be continued by what is new
+        begin = max(0, settled - self._window)
+        part = [i for i in real if i >= begin]
+        found = [(part[i], e) for i, e in mentions_in_tokens(self._tokenizer, self._scope, [row.ids[c] for c in part])]
+        return [m for m in row.mentions if m[0] < settled] + [m for m in found if m[0] >= settled]
+
+    def _questions(
+        self,
+        number: int,
+        tokens: Sequence[int],
+        real: Sequence[int],
+        first: int,
+        shown: tuple[torch.Tensor, torch.Tensor | None, bool] | None,
+    ) -> Iterator[_Question]:
+        """Where the gate looks in a row: at the end of the prompt, and at each token that was generated behind it."""
+        assert self._end is not None
+        asked = self._now.asked or asking()
+        generated = (shown is not None and not shown[2]) or (shown is None and first > 0 and len(tokens) == first + 1)
+        prompt = len(tokens) if not generated else self._now.prompt if shown is not None else first
+        own = [i for i in real if i < prompt]
+        if own and prompt > first:
+            position = asked[number] if asked is not None and number < len(asked) and not first else None
+            end = own[min(position, len(own) - 1)] if position is not None else own[self._end([tokens[i] for i in own])]
+            if end >= first:
+                yield _Question(number, end, True)
+        for column in real:
+            if column >= max(prompt, first):
+                yield _Question(number, column, False)
+
+    # --- while it runs ------------------------------------------------------------------------------------------------
+
+    def _judge(self, _: nn.Module, __: Any, output: Any) -> None:
+        """Behind the gate's block: what the prompts ask."""
+        plan = self._now.plan
+        if plan is None or self._routing is None or (self._now.again and not plan.clouded):
+            return
+        gate, keys = self._routing.gate, self._routing.keys
+        questions = plan.clouded or [q for q in plan.questions if any(c <= q.column for c, _ in plan.rows[q.row].mentions)]
+        if plan.points is not None:  # the edit acts below the gate, and may have acted before this question came
+            plan.clouded = [q for q in questions if q.final and any(c <= q.column for c in plan.rows[q.row].applied)]
+            questions = [q for q in questions if q not in plan.clouded]
+        if not questions:
+            return
+        states = hidden_of(output)
+        at = ([q.row for q in questions], [q.column - plan.first for q in questions])
+        for question, query in zip(questions, gate.project(states[at].detach()), strict=True):
+            row = plan.rows[question.row]
+            row.asked.append(question)
+            entities = list(dict.fromkeys(e for c, e in row.mentions if c <= question.column))
+            facts = [f for e in entities for f in self._facts[e]]
+            owner = [e for e in entities for _ in self._facts[e]]
+            near = keys[facts] @ query
+            if question.final:
+                row.events += [(question.column, e, _NONE) for e in entities]
+            least = gate.threshold if question.final else gate.sure
+            for best in near.argsort(descending=True).tolist():
+                if not bool(near[best] >= least):
+                    break
+                if not self._about_another(plan, question, owner[best]):
+                    row.events.append((question.column, owner[best], facts[best]))
+                    break
+
+    def _about_another(self, plan: _Plan, question: _Question, entity: int) -> bool:
+        """Whether the question is put about somebody who is named after the entity's last mention."""
+        row = plan.rows[question.row]
+        last = max(c for c, e in row.mentions if e == entity and c <= question.column)
+        kept = [True] * len(row.ids) if plan.mask is None else plan.mask[question.row].tolist()
+        before, after = (
+            self._tokenizer.decode([row.ids[c] for c in columns if kept[c]], clean_up_tokenization_spaces=False)
+            for columns in (range(last + 1), range(last + 1, question.column + 1))
+        )
+        return asks_about_another(before, after)
+
+    def _wanted(self, row: _Row) -> dict[int, int]:
+        """By column, the fact that is to be on at a mention."""
+        if self._routing is None:
+            return {column: self._facts[entity][-1] for column, entity in row.mentions}
+        chosen = {entity: fact for _, entity, fact in row.events}
+        return {c: chosen[e] for c, e in row.mentions if chosen.get(e, _NONE) != _NONE}
+
+    def _act(self, effect: Effect, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Behind a module: what the edit does there."""
+        plan = self._now.plan
+        if plan is None:
+            return None
+        if plan.points is None:
+            plan.points = self._applied(plan)
+        return effect(args[0], output, plan.points) if plan.points.rows else None
+
+    def _applied(self, plan: _Plan) -> Points:
+        """Where facts are on in this run, as far as the gate has spoken; the rows remember it."""
+        points = Points([], [], [], plan.text.shape[1] - plan.first)
+        for number, row in enumerate(plan.rows):
+            now = {c: f for c, f in self._wanted(row).items() if c >= plan.first}
+            row.applied = {c: f for c, f in row.applied.items() if c < plan.first} | now
+            points.rows.extend([number] * len(now))
+            points.columns.extend(c - plan.first for c in now)
+            points.facts.extend(now.values())
+        return points
+
+    # --- behind the decoder -------------------------------------------------------------------------------------------
+
+    def _settle(self, decoder: nn.Module, _: Any, output: Any) -> Any:
+        """Run tokens again where the text now says otherwise than it did; remember what the cache holds."""
+        plan = self._now.plan
+        if plan is None or self._now.again:
+            return None
+        cache = getattr(output, "past_key_values", None)
+        cache = plan.arguments.get("past_key_values") if cache is None else cache
+        changed = None
+        if plan.clouded:  # the gate reads the clean model
+            for q in plan.clouded:
+                plan.rows[q.row].events += [(q.column, e, _NONE) for e in {e for _, e in plan.rows[q.row].mentions}]
+            changed = self._settled(decoder, plan, cache, output)
+            plan.clouded = []
+        changed = self._settled(decoder, plan, cache, output) or changed
+        self._now.plan = None
+        if hasattr(cache, "__dict__"):
+            cache.__dict__.setdefault(_KEPT, {})[self._key] = plan.rows
+        return changed
+
+    def _settled(self, decoder: nn.Module, plan: _Plan, cache: Any, output: Any) -> Any:
+        """The decoder's output where tokens had to be run again, None where all is as it is to be."""
+        outdated = [c for row in plan.rows for c in _differences(row.applied, self._wanted(row))]
+        return self._repeated(decoder, plan, min([*outdated, plan.first]), cache, output) if outdated else None
+
+    def _repeated(self, decoder: nn.Module, plan: _Plan, column: int, cache: Any, output: Any) -> Any:
+        """The decoder's output for the same tokens, after all from `column` on, or from further back, were run again."""
+        begin: int | None = 0
+        if cache is not None:
+            begin = _rewound(cache, column, plan.text.shape[1])
+            if begin is None:
+                _warn_once(type(cache).__name__)
+                return None
+        arguments = {**plan.arguments, "past_key_values": cache}
+        if begin != plan.text.shape[1] - plan.arguments["input_ids"].shape[1]:
+            arguments = {k: v for k, v in arguments.items() if k not in ("cache_position", "inputs_embeds")}
+            arguments |= {"input_ids": plan.text[:, begin:], "attention_mask": plan.mask}
+            if plan.arguments.get("position_ids") is not None:
+                everything = torch.ones_like(plan.text) if plan.mask is None else plan.mask.long()
+                arguments["position_ids"] = (everything.cumsum(1) - 1).clamp(min=0)[:, begin:]
+        token = _AGAIN.set(sorted((q for r in plan.rows for q in r.asked), key=lambda q: q.column))
+        self._now.again = True
+        try:
+            again = decoder(**arguments)
+        finally:
+            self._now.again = False
+            _AGAIN.reset(token)
+        new = hidden_of(output.last_hidden_state).shape[1]
+        output.last_hidden_state = again.last_hidden_state[:, -new:]
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(states[:, -new:] for states in again.hidden_states)
+        return output
+
+
+class _Prepare:
+    """`prepare_inputs_for_generation` that shows an edit the text; a plain object, so that models can be copied and pickled."""
+
+    def __init__(self, attachment: MentionAttachment, model: Any, before: Any) -> None:
+        self._attachment, self._of, self._before = attachment, model, before
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._original)
+
+    @property
+    def _original(self) -> Any:
+        return self._before or functools.partial(type(self._of).prepare_inputs_for_generation, self._of)
+
+    def __call__(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._attachment.show(input_ids, kwargs.get("attention_mask"), bool(kwargs.get("is_first_iteration")))
+        return self._original(input_ids, *args, **kwargs)
+
+
+@functools.lru_cache(maxsize=64)
+def _signature(kind: Any) -> inspect.Signature:
+    return inspect.signature(kind.forward)
+
+
+def _length(cache: Any) -> int:
+    """How many tokens a cache holds."""
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def _fits(mask: Any, text: torch.Tensor) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[0] == len(text) and mask.shape[1] >= text.shape[1]
+
+
+def _matching(known: Sequence[_Row], number: int, tokens: Sequence[int], length: int) -> _Row | None:
+    """The record of a row by its tokens: beams change places."""
+    beginning = list(tokens[:length])
+    candidates = [*known[number : number + 1], *known]
+    return next((row for row in candidates if row.ids[:length] == beginning), None)
+
+
+def _differences(one: dict[int, int], other: dict[int, int]) -> set[int]:
+    return {c for c in {*one, *other} if one.get(c) != other.get(c)}
+
+
+def _rewound(cache: Any, column: int, total: int) -> int | None:
+    """Let a cache that holds `total` tokens forget those from `column` on, or all; how many it holds then, None if neither."""
+    try:
+        cache.crop(column - total)
+        if _length(cache) == column:
+            return column
+    except (AttributeError, RuntimeError, ValueError, NotImplementedError, TypeError):
+        pass  # static caches and windows that have moved on can't be cut
+    try:
+        cache.reset()
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return None
+    return 0 if _length(cache) == 0 else None
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_once(cache: str) -> None:
+    warnings.warn(
+        f"a {cache} can't be rewound: a mention that it holds stays as it was decided before the prompt was known whole, so "
+        "the answer may differ from that to the same prompt without a cache. Run prompts in one piece, or use a DynamicCache.",
+        stacklevel=2,
+    )
