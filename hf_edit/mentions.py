@@ -29,6 +29,7 @@ __all__ = ["Effect", "MentionAttachment", "Points", "Routing"]
 
 _KEPT = "_hf_edit_rows"  # where a cache says, for each edit, what was done to the tokens that it holds
 _NONE = -1
+_ANSWER = 64  # tokens of an answer that are looked at, more than any target has
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class _Question:
 
     Attributes:
         final: at the end of a prompt the answer holds for all entities; in generated text a fact that is asked for is switched
-            on and nothing is switched off, because the second token of an answer asks for nothing any more.
+            on, and none is switched off for not being asked for, because the second token of an answer asks for nothing.
     """
 
     row: int
@@ -170,7 +171,8 @@ class MentionAttachment:
 
     The edit acts on the last token of every mention: in prompts, behind left padding, in continued conversations,
     and in text that the model itself generates. With a gate, the end of the prompt decides for which of the entity's facts,
-    if any: the same forward reads it. In generated text a fact is switched on where the text comes to ask for it.
+    if any: the same forward reads it. In generated text a fact is switched on where the text comes to ask for it, and off once
+    its target has been said: what is written behind it, the clean model writes, and does not say it again and again.
 
     What is right depends on the whole text, and tokens may have been run before it was known: the question comes in a later
     chunk or turn than the mention, a name turns out to be the beginning of another, or the gate reads a block above the one
@@ -193,6 +195,7 @@ class MentionAttachment:
     ) -> None:
         self._model, self._tokenizer = base.model, base.tokenizer
         self._scope, self._facts, self._routing = entities.scope, entities.facts, routing
+        self._targets = tuple(target.strip().casefold() for target in entities.targets)
         self._end = PromptEnd(base.tokenizer) if routing is not None else None
         self._window = entities.scope.longest + 8
         self._key = uuid.uuid4().hex  # tells the records of several edits on one cache apart, also once it was copied
@@ -349,6 +352,8 @@ class MentionAttachment:
         for question, query in zip(questions, gate.project(states[at].detach()), strict=True):
             row = plan.rows[question.row]
             row.asked.append(question)
+            if not question.final and self._said(row, question):
+                continue
             entities = list(dict.fromkeys(e for c, e in row.mentions if c <= question.column))
             facts = [f for e in entities for f in self._facts[e]]
             owner = [e for e in entities for _ in self._facts[e]]
@@ -362,6 +367,17 @@ class MentionAttachment:
                 if not self._about_another(plan, question, owner[best]):
                     row.events.append((question.column, owner[best], facts[best]))
                     break
+
+    def _said(self, row: _Row, question: _Question) -> bool:
+        """Whether generated text ends in the target of a fact that is on; then it is switched off."""
+        on = {entity: fact for _, entity, fact in row.events if self._targets}
+        on = {entity: fact for entity, fact in on.items() if fact != _NONE}
+        begin = 1 + max((q.column for q in row.asked if q.final), default=-1)
+        answer = row.ids[max(begin, question.column + 1 - _ANSWER) : question.column + 1]
+        text = self._tokenizer.decode(answer).rstrip().casefold() if on else ""
+        said = [entity for entity, fact in on.items() if text.endswith(self._targets[fact])]
+        row.events += [(question.column, entity, _NONE) for entity in said]
+        return bool(said)
 
     def _about_another(self, plan: _Plan, question: _Question, entity: int) -> bool:
         """Whether the question is put about somebody who is named after the entity's last mention."""

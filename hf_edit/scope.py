@@ -265,10 +265,12 @@ class Entities:
     Attributes:
         scope: finds them.
         facts: for each entity, the numbers of its facts, the newest last.
+        targets: of the facts; empty where it does not matter what they say.
     """
 
     scope: Scope
     facts: tuple[tuple[int, ...], ...]
+    targets: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, facts: Sequence[Fact], fuzzy: bool = False) -> Entities:
@@ -279,4 +281,5 @@ class Entities:
             key = fact.subject.casefold()
             names.setdefault(key, {}).update(dict.fromkeys((fact.subject, *fact.aliases)))
             own.setdefault(key, []).append(number)
-        return cls(Scope([list(each) for each in names.values()], fuzzy), tuple(tuple(each) for each in own.values()))
+        scope = Scope([list(each) for each in names.values()], fuzzy)
+        return cls(scope, tuple(tuple(each) for each in own.values()), tuple(fact.target for fact in facts))

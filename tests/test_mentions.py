@@ -31,7 +31,7 @@ ASKED = {0: CAPITAL, 1: LANGUAGE, 2: EARLIER, 3: SPAIN}
 FACTS = ((0, 1, 2), (3,))
 PROMPTS = [CAPITAL, LANGUAGE, OTHER, SPAIN, "Nobody is here", EARLIER, LATER]
 BLOCK = 3
-ENTITIES = Entities(Scope([["France"], ["Spain"]]), FACTS)
+ENTITIES = Entities(Scope([["France"], ["Spain"]]), FACTS, ("Rome", "Latin", "many", "Oslo"))
 
 
 def attached(base: Base, gate_block: int = BLOCK, kind: str = "states") -> MentionAttachment:
@@ -216,6 +216,37 @@ def test_a_question_that_the_model_itself_comes_to_ask_switches_the_fact_on(edit
         return_dict_in_generate=True,
     )
     close(out.logits[-1][0], single(edited, CAPITAL)[-1])
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_once_the_target_has_been_said_the_clean_model_goes_on(edited, cached):
+    """The model is made to say the target and one word more: up to its last token the fact is on, then it is off."""
+    prompt, target = ids_of(edited, CAPITAL)[0].tolist(), edited.tokenizer(" Rome is")["input_ids"]
+
+    def force(input_ids, scores):
+        scores = torch.full_like(scores, -torch.inf)
+        scores[:, [*target, 0][min(input_ids.shape[1] - len(prompt), len(target))]] = 0.0
+        return scores
+
+    def logits():
+        return edited.model.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=len(target) + 1,
+            logits_processor=[force],
+            do_sample=False,
+            use_cache=cached,
+            output_logits=True,
+            return_dict_in_generate=True,
+        ).logits
+
+    found = logits()
+    edited.attachment.detach()
+    clean = logits()
+    end = next(n for n in range(len(target)) if edited.tokenizer.decode(target[: n + 1]).endswith("Rome")) + 1
+    assert not any(same(one, other) for one, other in zip(found[:end], clean[:end], strict=True))
+    for one, other in zip(found[end:], clean[end:], strict=True):
+        close(one, other)
 
 
 def test_answers_behind_a_prompt_do_not_hide_what_it_asked(edited):
