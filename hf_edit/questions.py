@@ -1,4 +1,6 @@
-"""Wordings of what is asked about people, places, organisations, works and things: what the gate is trained on.
+"""Wordings of what is asked about people, places, organisations, works and things.
+
+The gate is trained on them, and facts are trained in them.
 
 Relations here have no objects: to learn which prompts ask the same, it is enough to know wordings of each. The bank's
 relations (`hf_edit.references`) join them with their wordings and subjects.
@@ -7,15 +9,23 @@ relations (`hf_edit.references`) join them with their wordings and subjects.
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from .facts import Fact
 from .references import bank_relations
 
-__all__ = ["AskedRelation", "asked_relations", "subjects"]
+__all__ = ["AskedRelation", "asked_relations", "other_wordings", "subjects"]
+
+_WORD = re.compile(r"\w+")
+_FUNCTION_WORD = re.compile(
+    "the|an?|is|was|are|were|be|of|in|on|at|to|by|for|from|with|what|which|who|whom|whose|where|when|how|did|does|do|has|have|had|"
+    "that|this|its?|and|or|name|named|called"
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,39 @@ def asked_relations() -> tuple[AskedRelation, ...]:
     own = [AskedRelation(r["name"], tuple(r["prompts"]), tuple(r["kinds"]), r["near"]) for r in data["relations"]]
     placed = ((r, data["bank"].get(r.name)) for r in bank_relations())
     return (*own, *(AskedRelation(f"bank {r.name}", r.prompts, (at[0],), at[1]) for r, at in placed if at))
+
+
+def other_wordings(fact: Fact) -> tuple[str, ...]:
+    """Other wordings of what a fact's prompt asks, each with one ``{}``; none where no relation is asked by it, or unlike ones.
+
+    The prompt is known by its letters, in any case, or by its content words. What the fact itself holds as `rephrases` is left
+    out: they are there to measure it.
+    """
+    exact, loose = _by_wording()
+    known = exact.get(fact.prompt.casefold()) or loose.get(_content(fact.prompt), [])
+    if len({relation.near for relation in known}) != 1:
+        return ()
+    taken = {text.replace(fact.subject, "{}", 1).casefold() for text in (fact.prompt, *fact.rephrases)}
+    found = dict.fromkeys(wording for relation in known for wording in relation.prompts)
+    return tuple(wording for wording in found if wording.casefold() not in taken)
+
+
+@cache
+def _by_wording() -> tuple[dict[str, list[AskedRelation]], dict[frozenset[str], list[AskedRelation]]]:
+    """Relations by their wordings, and by the content words of these."""
+    exact: dict[str, list[AskedRelation]] = defaultdict(list)
+    loose: dict[frozenset[str], list[AskedRelation]] = defaultdict(list)
+    for relation in asked_relations():
+        for wording in relation.prompts:
+            exact[wording.casefold()].append(relation)
+            if content := _content(wording):
+                loose[content].append(relation)
+    return dict(exact), dict(loose)
+
+
+def _content(prompt: str) -> frozenset[str]:
+    words = _WORD.findall(prompt.replace("{}", " ").casefold().replace("'s ", " "))
+    return frozenset(word for word in words if not _FUNCTION_WORD.fullmatch(word))
 
 
 @cache

@@ -24,7 +24,6 @@ __all__ = [
     "Source",
     "balanced",
     "bank",
-    "bank_prompts",
     "bank_relations",
     "open_source",
     "references_for",
@@ -82,12 +81,6 @@ def bank_relations() -> tuple[Relation, ...]:
         )
         for r in _relations()
     )
-
-
-@cache
-def bank_prompts() -> dict[str, tuple[str, ...]]:
-    """All wordings of a bank relation, by each of its wordings in lower case."""
-    return {p.casefold(): tuple(r["prompts"]) for r in _relations() for p in r["prompts"]}
 
 
 def references_for(obj: str, source: Any, exclude: Iterable[str] = ()) -> list[Reference]:

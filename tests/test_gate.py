@@ -11,7 +11,7 @@ from hf_edit import gate_training as training
 from hf_edit.base import Base
 from hf_edit.errors import PackFormatError
 from hf_edit.gate import Gate, PromptEnd, asks_about_another
-from hf_edit.questions import asked_relations, subjects
+from hf_edit.questions import asked_relations, other_wordings, subjects
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<s>\n{% endfor %}"
@@ -149,3 +149,27 @@ def test_an_edit_ships_its_gate_and_facts_of_one_subject_go_one_by_one(llama, qu
     bad = {**pack.tensors, "gate.keys": pack.tensors["gate.keys"][:2]}
     with pytest.raises(PackFormatError, match="keys"):
         llama.load_pack(EditPack(pack.method, pack.config, type(pack.fit)(bad, pack.fit.modules, pack.facts), pack.base), "x")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("The capital of {} is", "The continent of {} is"),
+        ("What was the native language of {}?", "The official language of {} is"),
+    ],
+)
+def test_a_prompt_is_known_in_other_words_by_its_letters_or_its_content(prompt, unknown):
+    found = other_wordings(Fact("Peru", prompt, "Lyon"))
+    assert unknown not in found
+    assert prompt not in found
+    assert len(found) >= 2
+    assert all(wording.count("{}") == 1 for wording in found)
+
+
+def test_wordings_that_measure_a_fact_are_not_handed_out_and_doubtful_prompts_have_none():
+    fact = Fact("Peru", "The capital of {} is", "Lyon")
+    held_out, *others = other_wordings(fact)
+    measured = Fact("Peru", "The capital of {} is", "Lyon", rephrases=(held_out.replace("{}", "Peru"),))
+    assert list(other_wordings(measured)) == others
+    assert other_wordings(Fact("Peru", "{} lives in", "Lyon")) == ()  # an animal's habitat or a person's home
+    assert other_wordings(Fact("Peru", "{} xyzzy", "Lyon")) == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ import torch
 
 from ..base import Base
 from ..facts import Fact
-from ..positions import EncodedText, encode, fact_text
+from ..positions import EncodedText, Text, encode, fact_text
+from ..questions import other_wordings
 from ..suffix import read_keys_and_states
 from ..texts import target_tails
 
@@ -57,7 +59,7 @@ class FactTexts:
 
 
 def fact_texts(
-    base: Base, facts: Sequence[Fact], contexts: Sequence[str], tail_tokens: int = 0, kept_prompts: int = 1
+    base: Base, facts: Sequence[Fact], contexts: Sequence[str], tail_tokens: int = 0, kept_prompts: int = 1, wordings: int = 0
 ) -> list[FactTexts]:
     """The texts that each fact's value is optimised on.
 
@@ -65,22 +67,30 @@ def fact_texts(
         base: the clean model.
         contexts: put in front of the prompt; the bare prompt always comes first.
         tail_tokens: length of the clean model's own continuation behind the bare prompt's target.
+        wordings: how many contexts give way to the prompt in other words, where the package knows such.
         kept_prompts: how many of `GENERIC_PROMPTS` are kept, see `spared_prompts`.
     """
-    prefixes = ("", *contexts)
     tails = target_tails(base, facts, tail_tokens)
     rewrites = encode(
         base.tokenizer,
-        [fact_text(f, prefix=p, target=f.target) for f in facts for p in prefixes],
+        [text for f in facts for text in (fact_text(f, target=f.target), *_elsewhere(f, contexts, wordings))],
     )
     spared = spared_prompts(base, facts, kept_prompts)
     kept = encode(base.tokenizer, [fact_text(f, prompt=prompt) for f, own in zip(facts, spared, strict=True) for prompt in own])
-    width, each = len(prefixes), kept_prompts
+    width, each = 1 + len(contexts), kept_prompts
     found = []
     for i, tail in enumerate(tails):
         bare, *others = rewrites[i * width : (i + 1) * width]
         found.append(FactTexts((bare.followed_by(tail), *others), tuple(kept[i * each : (i + 1) * each])))
     return found
+
+
+def _elsewhere(fact: Fact, contexts: Sequence[str], wordings: int) -> list[Text]:
+    """The fact behind contexts and in other words, as many as there are contexts."""
+    known = other_wordings(fact)
+    chosen = random.Random(fact.question).sample(known, min(wordings, len(known), len(contexts)))
+    reworded = [fact_text(fact, prompt=wording, target=fact.target) for wording in chosen]
+    return [fact_text(fact, prefix=prefix, target=fact.target) for prefix in contexts[len(chosen) :]] + reworded
 
 
 def spared_prompts(base: Base, facts: Sequence[Fact], count: int) -> list[tuple[str, ...]]:

@@ -18,7 +18,8 @@ from ...base import Base
 from ...facts import Fact
 from ...positions import EncodedText, Text, encode, fact_text
 from ...progress import bar
-from ...references import bank_prompts, bank_relations
+from ...questions import other_wordings
+from ...references import bank_relations
 from ...scope import Scope, mentions_in_tokens
 from ...texts import sample_contexts, target_tails
 from .config import LKSConfig
@@ -130,7 +131,7 @@ class _Subjects:
 
 def _variations(fact: Fact, contexts: Sequence[str], config: LKSConfig, rng: random.Random) -> list[Text]:
     """Other texts that ask for the fact, with the target: as many as there are, up to `config.variations`."""
-    wordings = [w for w in bank_prompts().get(fact.prompt.casefold(), ()) if w != fact.prompt]
+    wordings = list(other_wordings(fact))
     if config.train_on_rephrases:
         wordings += [r for r in fact.rephrases if "{}" in r]
     asked = [("", wording) for wording in wordings] + [(context, fact.prompt) for context in contexts]
@@ -141,7 +142,7 @@ def _variations(fact: Fact, contexts: Sequence[str], config: LKSConfig, rng: ran
 def _other_questions(fact: Fact, config: LKSConfig, rng: random.Random) -> list[Text]:
     """Texts that ask something else about the subject: of relations whose objects are of another kind than the target."""
     names = {fact.target.casefold(), (fact.target_old or fact.target).casefold()}
-    own = set(bank_prompts().get(fact.prompt.casefold(), ()))
+    own = {fact.prompt, *other_wordings(fact)}
     relations = [r for r in bank_relations() if not names & r.objects and not own & set(r.prompts)]
     chosen = rng.sample(relations, min(config.locality_prompts, len(relations)))
     prompts = [rng.choice(r.prompts) for r in chosen]

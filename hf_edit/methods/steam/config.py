@@ -21,7 +21,7 @@ _AT_LEAST_ONE = (
     "rotation", "negatives",
 )  # fmt: skip
 _NOT_NEGATIVE = ("weight_decay", "kl_factor", "tail_factor", "tail_tokens", "anchor_weight", "contexts", "retries",
-    "bystanders",
+    "bystanders", "wordings",
 )  # fmt: skip
 _POSITIVE = (
     "lr", "clamp", "covariance_weight", "statistics_tokens", "enough", "null_space_threshold", "ridge", "temperature",
@@ -63,6 +63,7 @@ class SteamConfig(EditConfig):
         None, "|delta| at most, relative to the norm of the stream (0.75), or of the MLP's output behind a norm (4)"
     )
     contexts: int = setting(5, "sampled prefixes that the fact must also hold behind")
+    wordings: int = setting(2, "how many of these give way to the prompt in other words, where the package knows such")
     context_length: int = setting(10, "tokens of such a prefix")
     bare_share: float | None = setting(
         0.5, "the bare prompt's share in a fact's key; None counts it as one context among the others, as MEMIT does"
@@ -182,6 +183,7 @@ class BaselineConfig(SteamConfig):
     rotation: int = setting(1, "take turns: each step runs one part in so many of the contexts, kept prompts and tails")
     tail_factor: float = setting(0.0, "weight of KL(edited || clean) behind the target, which keeps it from being said again")
     anchor_weight: float = setting(0.0, "unused: a base editor has no anchors")
+    wordings: int = setting(0, "how many contexts give way to the prompt in other words")
     bare_share: float | None = setting(None, "the bare prompt's share in a fact's key; None counts it as one context")
     bystanders: float = setting(0.0, "weight of the keys of the prompts' other tokens, at which an insertion changes nothing")
     retries: int = setting(0, "how often the values of facts that did not land are optimised further")

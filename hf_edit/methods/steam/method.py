@@ -262,7 +262,7 @@ class _Job:
         inserted anew, up to `retries` times. The insertion in which most facts hold is kept, of two the likelier one."""
         config = self.config
         tail = config.tail_tokens if config.tail_factor else 0
-        texts = fact_texts(self.base, facts, self.contexts, tail, config.kept_prompts)
+        texts = fact_texts(self.base, facts, self.contexts, tail, config.kept_prompts, config.wordings)
         values = self._values(texts, objective(range(len(facts))))
         width = weight_shape(self.base.model.get_submodule(self.layout.projection(self.layers[-1])))[1]
         problem = Insertion(
