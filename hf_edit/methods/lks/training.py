@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -59,9 +59,15 @@ class Codes(nn.Module):
 
 
 class _Cached:
-    """Examples with their clean states, keys, values and distributions."""
+    """Examples with their clean states, keys, values and distributions.
 
-    def __init__(self, base: Base, block: int, examples: Sequence[Example], config: LKSConfig, progress: bool) -> None:
+    Args:
+        drawn: indices of the examples that training will come to; the others are not read.
+    """
+
+    def __init__(
+        self, base: Base, block: int, examples: Sequence[Example], drawn: Collection[int], config: LKSConfig, progress: bool
+    ) -> None:
         layout = base.layout()
         exact = caches_exactly(base.model, layout)
         self.store = TensorStore(config.cache_bytes, cache_folder("lks", "training"))
@@ -71,8 +77,8 @@ class _Cached:
         self.cache = SuffixCache(base.model, layout, block + 1, keep)
         self.clean: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(examples)
         self.place = [0] * len(examples)
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-        with bar(len(examples), "caching states", "text", progress) as shown:
+        order = sorted(drawn, key=lambda i: (len(examples[i].ids), i))
+        with bar(len(order), "caching states", "text", progress) as shown:
             for first in range(0, len(order), _GROUP):
                 self._add(order[first : first + _GROUP], exact)
                 shown.update(min(_GROUP, len(order) - first))
@@ -168,15 +174,16 @@ def train(
     epochs, steps = _plan(index, config)
     # casting the weights costs as much as some hundred tokens, each step
     dtype = config.compute_dtype if steps > 1 or sum(lengths) > _FEW_TOKENS else "model"
+    drawn = {i for epoch in range(epochs) for batch in _epoch(index, lengths, config, _lot(seed, epoch)) for i in batch}
     with autocast(device, dtype):
-        cached = _Cached(base, block, flat, config, progress)
+        cached = _Cached(base, block, flat, drawn, config, progress)
     kept = Checkpoint(checkpoint, {"generator": generator, "codes": codes}, optimisers)
     done = kept.resume()
     with bar(epochs * steps, f"training on {len(features)} facts", "step", progress) as shown:
         shown.update(done * steps)
         for epoch in range(done, epochs):
             losses: list[float] = []
-            for batch in _epoch(index, lengths, config, random.Random(f"{seed}:{epoch}")):
+            for batch in _epoch(index, lengths, config, _lot(seed, epoch)):
                 step = min(epoch * steps + len(losses), epochs * steps)
                 for optimiser, lr in zip(optimisers, highest, strict=True):
                     optimiser.param_groups[0]["lr"] = lr * _rate(step, config.warmup_steps, epochs * steps)
@@ -222,6 +229,11 @@ def _epoch(index: list[list[list[int]]], lengths: list[int], config: LKSConfig, 
         batches += [pool[i : i + even] for i in range(0, len(pool), even)]
     rng.shuffle(batches)
     yield from batches
+
+
+def _lot(seed: int, epoch: int) -> random.Random:
+    """What decides an epoch's draws."""
+    return random.Random(f"{seed}:{epoch}")
 
 
 def _extend(flat: list[Example], groups: list[list[Example]]) -> list[list[int]]:
