@@ -11,32 +11,20 @@ file, which are not edited, are the unrelated prompts. The metrics are those of 
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from shared import markdown, percent, settings
 from smollm2 import smollm2
 
 from hf_edit import EditableModelForCausalLM, Fact, Question, read_facts
-from hf_edit.evaluation import EvalReport, perplexity
-
-SHOWN = {
-    "efficacy.right": "right",
-    "efficacy.said": "said",
-    "paraphrase.preferred": "paraphrase preferred",
-    "paraphrase.right": "paraphrase right",
-    "same_subject.tokens": "same subject, tokens",
-    "same_subject.whole": "same subject, whole",
-    "repetition.repeated": "said three times",
-    "repetition.floor": "said three times, clean",
-}
+from hf_edit.evaluation import perplexity
 
 
 def read(path: Path, count: int, unrelated: int, skip: int) -> tuple[list[Fact], list[Fact]]:
@@ -49,18 +37,6 @@ def read(path: Path, count: int, unrelated: int, skip: int) -> tuple[list[Fact],
         raise SystemExit(f"{path} has facts on {len(facts)} subjects, not {count} and {unrelated} unrelated ones")
     rest = [Fact(f.subject, f.prompt, f.target, locality=(Question(f.question),)) for f in facts[-unrelated:]]
     return facts[:count], rest
-
-
-def numbers(report: EvalReport) -> dict[str, float]:
-    """The report's means in per cent."""
-    return {shown: round(100 * s.mean, 1) for name, s in report.summary().items() if (shown := SHOWN.get(name))}
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of one kind as Markdown."""
-    names = list(rows[0])
-    lines = [names, ["---"] * len(names), *([str(row.get(name, "")) for name in names] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
@@ -76,7 +52,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="ordinary text, a text a line, for a second perplexity")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    settings = {name: _value(value) for name, _, value in (item.partition("=") for item in arguments.set)}
+    given = settings(arguments.set)
     facts, unrelated = read(arguments.path, arguments.facts, arguments.unrelated, arguments.skip)
     model = EditableModelForCausalLM.from_pretrained(arguments.model or smollm2(), dtype=torch.float32)
     texts = arguments.text.read_text(encoding="utf-8").splitlines() if arguments.text else []
@@ -86,7 +62,7 @@ def main() -> None:
     seconds = 0.0
     for first in range(0, len(facts), size):
         started = time.perf_counter()
-        model.edit(facts[first : first + size], arguments.method, verify=False, on_conflict="replace", **settings)
+        model.edit(facts[first : first + size], arguments.method, verify=False, on_conflict="replace", **given)
         seconds += time.perf_counter() - started
         if size < len(facts):
             done = model.evaluate(facts[: first + size], metrics=["efficacy"], mode="teacher_forced", progress=False)
@@ -108,24 +84,17 @@ def main() -> None:
         clean = model.perplexity()
     found = {
         "facts": len(facts),
-        **numbers(report),
+        **percent(report),
         "unrelated, tokens": round(100 * others["same_subject.tokens"].mean, 1),
         "perplexity": f"{clean:.2f} -> {model.perplexity():.2f}",
         "seconds a fact": round(seconds / len(facts), 2),
     }
     if steps:
-        print(table(steps), end="\n\n")
-    print(table([found]))
+        print(markdown(steps), end="\n\n")
+    print(markdown([found]))
     if arguments.json:
-        whole = {"method": arguments.method, "settings": settings, "batch": size, "found": found, "steps": steps}
+        whole = {"method": arguments.method, "settings": given, "batch": size, "found": found, "steps": steps}
         arguments.json.write_text(json.dumps({**whole, "report": report.to_dict()}, indent=1), encoding="utf-8")
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from shared import markdown
 from smollm2 import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -139,17 +140,8 @@ def measure(base: Base, paths: Sequence[str], count: int, rows: int, seed: int) 
         seconds = time.perf_counter() - started
         for measured, asked in questions.items():
             found.append({"gate": name, "measured on": measured, "seconds": seconds, **asked.scores(gate)})
-        print(table(found), flush=True)
+        print(markdown(found), flush=True)
     return found
-
-
-def table(found: Sequence[dict[str, object]]) -> str:
-    """The rows as Markdown."""
-    columns = list(found[0])
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in found:
-        lines.append("| " + " | ".join(f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -169,7 +161,7 @@ def main() -> None:
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "gate.json").write_text(json.dumps({"model": str(source), "rows": found}, indent=2) + "\n")
-        (arguments.output / "gate.md").write_text(table(found) + "\n")
+        (arguments.output / "gate.md").write_text(markdown(found) + "\n")
 
 
 if __name__ == "__main__":

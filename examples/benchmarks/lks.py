@@ -21,7 +21,6 @@ With --output, what is finished is kept and not computed again.
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import json
 import statistics
@@ -35,28 +34,19 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from shared import markdown, percent, settings
 from smollm2 import smollm2
 
-from hf_edit import EditableModelForCausalLM, EvalReport, Fact, Question, read_facts
+from hf_edit import EditableModelForCausalLM, Fact, Question, read_facts
 from hf_edit.base import Base
 from hf_edit.cache import atomic_path
 from hf_edit.evaluation import evaluate, perplexity
 from hf_edit.facts import fold, resolve_conflicts
-from hf_edit.scope import Scope
 from hf_edit.positions import join
+from hf_edit.scope import Scope
 
 ARMS = ("lks", "prompt", "released", "memit")
 METRICS = ["efficacy", "paraphrase", "same_subject", "repetition"]
-SHOWN = {
-    "efficacy.right": "right",
-    "efficacy.said": "said",
-    "paraphrase.right": "paraphrase right",
-    "paraphrase.said": "paraphrase said",
-    "same_subject.tokens": "same subject, tokens",
-    "same_subject.leak": "leak",
-    "repetition.repeated": "said three times",
-    "repetition.floor": "said three times, clean",
-}
 
 
 def read(path: Path, unrelated: int) -> tuple[list[Fact], list[Fact]]:
@@ -118,12 +108,6 @@ class FactInFront:
             self.on = True
 
 
-def numbers(report: EvalReport) -> dict[str, float]:
-    """The report's means in per cent."""
-    summary = report.summary()
-    return {shown: round(100 * summary[name].mean, 1) for name, shown in SHOWN.items() if name in summary}
-
-
 def measure(
     base: Base,
     facts: Sequence[Fact],
@@ -133,7 +117,7 @@ def measure(
 ) -> dict[str, Any]:
     """The metrics of one arm, its edits in force."""
     shared = {"unedited": unedited, "batch_size": batch_size}
-    found: dict[str, Any] = numbers(evaluate(base, facts, mode="both", metrics=METRICS, **shared))
+    found: dict[str, Any] = percent(evaluate(base, facts, mode="both", metrics=METRICS, **shared))
     others = evaluate(base, unrelated, mode="teacher_forced", metrics=["same_subject"], **shared).summary()
     return found | {"unrelated, tokens": round(100 * others["same_subject.tokens"].mean, 1)}
 
@@ -167,11 +151,9 @@ def run_arm(arm: str, model: Any, facts: list[Fact], unrelated: Sequence[Fact], 
         tokenizer = FactInFront(model.tokenizer, facts)
         base = Base(model.get_base_model(), tokenizer)
         return found | {"seconds": 0.0, **measure(base, asked, unrelated, tokenizer.silent, options.batch_size)}
-    settings = {"generator": "linear"} if arm == "released" else {}
-    if arm == "lks":
-        settings = options.settings
+    own = {"lks": options.settings, "released": {"generator": "linear"}}.get(arm, {})
     started = time.perf_counter()
-    model.edit(facts, "memit" if arm == "memit" else "lks", verify=False, seed=options.seed, **settings)
+    model.edit(facts, "memit" if arm == "memit" else "lks", verify=False, seed=options.seed, **own)
     found["seconds"] = round(time.perf_counter() - started, 1)
     try:
         base = Base(model.get_base_model(), model.tokenizer)
@@ -184,13 +166,6 @@ def run_arm(arm: str, model: Any, facts: list[Fact], unrelated: Sequence[Fact], 
     finally:
         model.rollback()
     return found
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, a row an arm and size."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [names, ["---"] * len(names), *([str(row.get(name, "")) for name in names] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -214,15 +189,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.arms = options.arms.split(",")
     if unknown := set(options.arms) - set(ARMS):
         parser.error(f"there is no arm {sorted(unknown)[0]!r}; there are: {', '.join(ARMS)}")
-    options.settings = {name: _value(value) for name, _, value in (item.partition("=") for item in options.set)}
+    options.settings = settings(options.set)
     return options
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -255,10 +223,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         whole.write_text(json.dumps(results, indent=1), encoding="utf-8")
             rows.append(results[key])
             print(json.dumps(results[key]), file=sys.stderr, flush=True)
-    print(table(rows))
+    print(markdown(rows))
     if path is not None:
         with atomic_path(path.with_name("table.md")) as whole:
-            whole.write_text(table(rows) + "\n", encoding="utf-8")
+            whole.write_text(markdown(rows) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,31 +11,21 @@ generality (teacher-forced and said in free generation), the same subject's othe
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import random
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from shared import markdown, percent, settings
 from smollm2 import smollm2
 
 from hf_edit import EditableModelForCausalLM, Fact, LKSEditor, read_facts
 from hf_edit.facts import fold, resolve_conflicts
-
-SHOWN = {
-    "efficacy.right": "right",
-    "efficacy.said": "said",
-    "paraphrase.right": "paraphrase right",
-    "paraphrase.said": "paraphrase said",
-    "same_subject.tokens": "same subject, tokens",
-    "repetition.repeated": "said three times",
-}
 
 
 def split(facts: Sequence[Fact], count: int, seed: int) -> tuple[list[Fact], list[Fact]]:
@@ -72,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--editor", type=Path, metavar="DIR", help="measure this editor and train none")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    settings = {name: _value(value) for name, _, value in (item.partition("=") for item in options.set)}
+    given = settings(options.set)
     train: list[Fact] = []
     tests: dict[str, list[Fact]] = {}
     for path in options.paths:
@@ -86,32 +76,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.editor:
         editor = LKSEditor.from_pretrained(options.editor)
     else:
-        editor = LKSEditor.train(model, train, seed=options.seed, **settings)
+        editor = LKSEditor.train(model, train, seed=options.seed, **given)
     seconds = time.perf_counter() - started
     if options.save:
         editor.save_pretrained(options.save)
     rows = []
     for name, test in tests.items():
-        shape = {k: v for k, v in settings.items() if k in ("width", "target_tokens", "generator", "layer")}
+        shape = {k: v for k, v in given.items() if k in ("width", "target_tokens", "generator", "layer")}
         started = time.perf_counter()
         model.edit(test, "lks", train=False, editor=editor, verify=False, **shape)
         spent = time.perf_counter() - started
-        summary = model.evaluate(test, mode="both", metrics=["efficacy", "paraphrase", "same_subject", "repetition"]).summary()
-        found = {shown: round(100 * summary[key].mean, 1) for key, shown in SHOWN.items() if key in summary}
-        rows.append({"facts": name, "tested": len(test), **found, "ms a fact": round(1000 * spent / len(test), 1)})
+        report = model.evaluate(test, mode="both", metrics=["efficacy", "paraphrase", "same_subject", "repetition"])
+        rows.append({"facts": name, "tested": len(test), **percent(report), "ms a fact": round(1000 * spent / len(test), 1)})
         model.rollback()
     print(f"trained on {editor.num_facts} facts in {seconds:.0f} s\n")
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    print(markdown(rows))
     if options.json:
         options.json.write_text(json.dumps({"trained": editor.num_facts, "seconds": seconds, "rows": rows}, indent=1), "utf-8")
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from shared import settings
 from smollm2 import smollm2
 from tqdm.auto import tqdm
 
@@ -412,19 +414,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def given_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` pairs, values as JSON where they are."""
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, sign, value = pair.partition("=")
-        if not sign:
-            sys.exit(f"a setting is NAME=VALUE, not {pair!r}")
-        if name == "references":
-            sys.exit("the arms themselves choose the references")
-        try:
-            settings[name] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[name] = value
-    return settings
+    """Settings of an arm."""
+    found = settings(pairs)
+    if "references" in found:
+        sys.exit("the arms themselves choose the references")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -434,13 +428,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = EditableModelForCausalLM.from_pretrained(options.model or smollm2(), dtype=torch.float32)
     for own in options.variants.values():
         replace(config, **own)  # a setting that is wrong is found before hours of work
-    settings = config.to_dict()
+    shared = config.to_dict()
     facts = json.dumps([[r.fact.to_dict(), r.relation, r.generation_prompts, r.reference_texts] for r in records])
     clean = model.evaluate(records[0].fact, metrics=["repetition"], progress=False).clean
     assert clean is not None
     # a group's controls are drawn from all records, so what is finished belongs to just these
     identity = json.dumps(
-        [settings, options.seed, options.text_tokens, clean.fingerprint, hashlib.sha256(facts.encode()).hexdigest()]
+        [shared, options.seed, options.text_tokens, clean.fingerprint, hashlib.sha256(facts.encode()).hexdigest()]
     )
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
@@ -450,12 +444,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         records = [record for record in records if anchoring.anchors(record.fact.target)][: options.rows]
     results = Benchmark(model, records, config, options, anchoring, finished, identity, clean).run()
 
-    text = markdown(results, options, settings)
+    text = markdown(results, options, shared)
     print(text)
     if options.output is not None:
         arms = by_arm(results)
         found = {
-            "settings": settings,
+            "settings": shared,
             "mode": options.mode,
             "batch": 1 if options.mode == "single" else options.batch,
             "seed": options.seed,
