@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -95,7 +96,8 @@ def main() -> None:
 
 def edit_and_show(model: EditableModelForCausalLM, method: str, rows: list[tuple[Fact, str, str]]) -> bool:
     """Edit the facts and print each before and after, its paraphrase, and what must not change."""
-    facts = [fact for fact, _, _ in rows]
+    # what measures an edit is never trained on: a fact says which wordings these are
+    facts = [replace(fact, rephrases=(paraphrase,)) for fact, paraphrase, _ in rows]
     paraphrases = [paraphrase for _, paraphrase, _ in rows]
     unrelated = model.ask(list(UNRELATED))
     paraphrased = model.ask(paraphrases)
