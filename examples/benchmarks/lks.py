@@ -203,7 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         results = json.loads(path.read_text("utf-8")) if path.exists() else {}
     rows = []
-    for size in (s for s in map(int, options.sizes.split(",")) if s <= len(facts)):
+    sizes = [size for size in map(int, options.sizes.split(",")) if size <= len(facts)]
+    if not sizes:
+        raise SystemExit(f"{options.path} has {len(facts)} facts besides the unrelated prompts; see --sizes")
+    for size in sizes:
         for arm in options.arms:
             if arm == "memit" and size > options.memit_most:
                 continue
