@@ -21,7 +21,7 @@ _AT_LEAST_ONE = (
     "rotation", "negatives",
 )  # fmt: skip
 _NOT_NEGATIVE = ("weight_decay", "kl_factor", "tail_factor", "tail_tokens", "anchor_weight", "contexts", "retries",
-    "bystanders", "wordings",
+    "bystanders",
 )  # fmt: skip
 _POSITIVE = (
     "lr", "clamp", "covariance_weight", "statistics_tokens", "enough", "null_space_threshold", "ridge", "temperature",
@@ -44,7 +44,7 @@ class SteamConfig(EditConfig):
     structural = ("edit_module", "gate")
 
     base_editor: str | None = setting(
-        None, "'rome', 'r_rome', 'memit' or 'alphaedit'; by default ROME for a single fact and MEMIT for several"
+        None, "'rome', 'r_rome', 'memit' or 'alphaedit'; by default MEMIT for several facts, ROME for one, and behind a gate"
     )
     layers: tuple[int, ...] | None = setting(
         None, "blocks to edit, ascending; ROME edits the last of them. By default those from 13 to 27 % of the depth"
@@ -63,7 +63,11 @@ class SteamConfig(EditConfig):
         None, "|delta| at most, relative to the norm of the stream (0.75), or of the MLP's output behind a norm (4)"
     )
     contexts: int = setting(5, "sampled prefixes that the fact must also hold behind")
-    wordings: int = setting(2, "how many of these give way to the prompt in other words, where the package knows such")
+    wordings: int | None = setting(
+        None,
+        "how many of these give way to the prompt in other words, where the package knows such; by default 2 behind a gate, "
+        "else none: more paraphrases follow then, and more of the subject's other answers",
+    )
     context_length: int = setting(10, "tokens of such a prefix")
     bare_share: float | None = setting(
         0.5, "the bare prompt's share in a fact's key; None counts it as one context among the others, as MEMIT does"
@@ -137,6 +141,7 @@ class SteamConfig(EditConfig):
             require(getattr(self, name) >= 0, f"{name} must not be negative")
         for name in _POSITIVE:
             require(getattr(self, name) is None or getattr(self, name) > 0, f"{name} must be positive")
+        require(self.wordings is None or self.wordings >= 0, "wordings must not be negative")
         require(self.enough is None or self.enough < 1, "enough is a probability below 1")
         require(self.bare_share is None or 0 < self.bare_share <= 1, "bare_share is a share of 1, above 0")
         require(self.kept_prompts <= len(GENERIC_PROMPTS), f"kept_prompts is at most {len(GENERIC_PROMPTS)}")
@@ -183,7 +188,6 @@ class BaselineConfig(SteamConfig):
     rotation: int = setting(1, "take turns: each step runs one part in so many of the contexts, kept prompts and tails")
     tail_factor: float = setting(0.0, "weight of KL(edited || clean) behind the target, which keeps it from being said again")
     anchor_weight: float = setting(0.0, "unused: a base editor has no anchors")
-    wordings: int = setting(0, "how many contexts give way to the prompt in other words")
     bare_share: float | None = setting(None, "the bare prompt's share in a fact's key; None counts it as one context")
     bystanders: float = setting(0.0, "weight of the keys of the prompts' other tokens, at which an insertion changes nothing")
     retries: int = setting(0, "how often the values of facts that did not land are optimised further")

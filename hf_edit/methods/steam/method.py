@@ -262,7 +262,8 @@ class _Job:
         inserted anew, up to `retries` times. The insertion in which most facts hold is kept, of two the likelier one."""
         config = self.config
         tail = config.tail_tokens if config.tail_factor else 0
-        texts = fact_texts(self.base, facts, self.contexts, tail, config.kept_prompts, config.wordings)
+        wordings = 2 * config.gate if config.wordings is None else config.wordings
+        texts = fact_texts(self.base, facts, self.contexts, tail, config.kept_prompts, wordings)
         values = self._values(texts, objective(range(len(facts))))
         width = weight_shape(self.base.model.get_submodule(self.layout.projection(self.layers[-1])))[1]
         problem = Insertion(
