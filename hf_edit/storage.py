@@ -9,6 +9,7 @@ have been cut off; the next save finishes what a cut-off one left, whichever of 
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import re
@@ -16,18 +17,27 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from .cache import sort_header
 from .errors import PackFormatError, PackSecurityError
 
-__all__ = ["identity", "located", "read_bytes", "read_start", "replacing"]
+__all__ = ["file_digest", "located", "read_bytes", "read_start", "read_whole", "replacing", "write_tensors"]
+
+T = TypeVar("T")
 
 _INCOMING = ".incoming"
 _SAVING = ".saving-"
 _MAX_HEADER = 1 << 24
 _ABANDONED = 3600.0  # seconds after which what a killed save left behind is swept away
+_ATTEMPTS = 5  # at reading what another process saves again and again
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)  # what renaming onto a folder with files in it says, by system
 
 
@@ -37,7 +47,26 @@ def located(folder: Path, name: str) -> Path:
     return incoming if os.path.lexists(incoming) else folder / name
 
 
-def identity(path: Path) -> tuple[int, ...] | None:
+def read_whole(folder: Path, config: str, read: Callable[[], T]) -> T:
+    """What `read` makes of a folder's files, read again where another process has saved meanwhile.
+
+    Args:
+        config: the file that a save puts in place last.
+
+    Raises:
+        PackFormatError: it is saved over and over; or what `read` raises of files that nobody touched.
+    """
+    for _ in range(_ATTEMPTS):
+        before = _identity(located(folder, config))
+        try:
+            return read()
+        except (PackFormatError, FileNotFoundError):
+            if _identity(located(folder, config)) == before:
+                raise
+    raise PackFormatError(f"{folder} is saved over and over while it is read; try again")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
     """What tells a file from one that has been put in its place; None where there is none."""
     try:
         found = path.stat()
@@ -123,6 +152,29 @@ def _is_blob(real: Path, home: Path) -> bool:
                 real.is_relative_to(shared) and re.fullmatch(r"[0-9a-f]{64}", real.name) is not None
             )
     return False
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file, the same bytes for the same contents.
+
+    Raises:
+        OSError: the disk is full, the folder can't be written to.
+    """
+    ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    try:
+        save_file(ordered, path, {"format": "pt", **metadata})
+        sort_header(path)
+    except SafetensorError as error:  # which is no OSError, also where the disk is full
+        raise OSError(f"{path} can't be written: {error}") from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
 
 
 @contextmanager

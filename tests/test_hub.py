@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FACTS, QUICK_STEAM, tiny_model
+from conftest import BASE, FACTS, QUICK_STEAM
 from hub_server import HubServer, pointed_at
 from huggingface_hub import HfApi, constants
 
@@ -28,26 +28,7 @@ from hf_edit import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the client, towards its own transport
 
-BASE = "org/base"
 PACK_FILES = {"README.md", "edit_config.json", "edits.safetensors", "facts.jsonl"}
-
-
-@pytest.fixture(scope="module")
-def base_files(tokenizer, tmp_path_factory):
-    """The files of a tiny base model."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.fixture
-def hub(base_files, tmp_path, monkeypatch):
-    """A Hub with the base model on it, which the client talks to as the user "me"."""
-    with HubServer() as server, pointed_at(server, tmp_path / "cache", monkeypatch):
-        server.add(BASE, base_files)
-        monkeypatch.setenv("HF_TOKEN", server.token("me"))
-        yield server
 
 
 @pytest.fixture(scope="module")
