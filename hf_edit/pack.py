@@ -31,7 +31,7 @@ from .methods import EditConfig, Fit, get_method
 from .storage import file_digest, located, read_bytes, read_start, read_whole, replacing, write_tensors
 from .strict import TensorFile, check_values, json_digest, parse_config, parse_json, read_tensors
 
-__all__ = ["CONFIG_FILE", "EditPack", "check_name"]
+__all__ = ["CONFIG_FILE", "EditPack", "check_name", "save_packs"]
 
 logger = logging.getLogger(__name__)
 
@@ -233,19 +233,19 @@ class EditPack(PushToHub):
             OSError: the disk is full or the folder can't be written to; what was there still is.
         """
         folder = Path(directory)
-        check_values(self.tensors, "the edit")
-        facts = "".join(json.dumps(f.to_dict(), ensure_ascii=False, sort_keys=True) + "\n" for f in self.facts)
-        with replacing(folder) as staging:
-            write_tensors(self.tensors, staging / TENSORS_FILE, {"hf_edit_format": str(FORMAT_VERSION)})
-            (staging / FACTS_FILE).write_text(facts, encoding="utf-8", newline="\n")
-            (staging / CARD_FILE).write_text(
-                readme or card({"default": self}, folder.resolve().name), encoding="utf-8", newline="\n"
-            )
-            config = self._config_json(file_digest(staging / FACTS_FILE), file_digest(staging / TENSORS_FILE))
-            (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+        save_packs({folder: (self, readme or card({"default": self}, folder.resolve().name))})
         if push_to_hub:
             self.push_to_hub(repo_id or folder.resolve().name, **hub_kwargs)
         return folder
+
+    def _write(self, folder: Path, readme: str) -> None:
+        """The pack's files, the configuration last."""
+        facts = "".join(json.dumps(f.to_dict(), ensure_ascii=False, sort_keys=True) + "\n" for f in self.facts)
+        write_tensors(self.tensors, folder / TENSORS_FILE, {"hf_edit_format": str(FORMAT_VERSION)})
+        (folder / FACTS_FILE).write_text(facts, encoding="utf-8", newline="\n")
+        (folder / CARD_FILE).write_text(readme, encoding="utf-8", newline="\n")
+        config = self._config_json(file_digest(folder / FACTS_FILE), file_digest(folder / TENSORS_FILE))
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
 
     def export_peft(self, directory: str | os.PathLike[str]) -> None:
         """Write the edit as a LoRA adapter, which PEFT, plain transformers and inference servers load without this library.
@@ -405,6 +405,19 @@ class EditPack(PushToHub):
             )
         base = {key: config[key] for key in _BASE_KEYS}
         return cls(config["method"], settings, fit, base, config["seed"], config["versions"], config["parent"])
+
+
+def save_packs(packs: Mapping[Path, tuple[EditPack, str]]) -> None:
+    """Write packs with their cards, each into its folder. None takes effect before all are written; on an error none does.
+
+    Raises:
+        PackFormatError, OSError: as of `EditPack.save_pretrained`.
+    """
+    for pack, _ in packs.values():
+        check_values(pack.tensors, "the edit")
+    with replacing(*packs) as stagings:
+        for staging, (pack, readme) in zip(stagings, packs.values(), strict=True):
+            pack._write(staging, readme)
 
 
 def _below(folder: Path, pack_name: str) -> Path:

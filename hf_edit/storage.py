@@ -3,7 +3,8 @@
 A save writes all files into a folder beside the old ones (`.saving-...`), and takes effect in one step: that folder is
 renamed to `.incoming`. From then on its files count before those of the same name in the pack's own folder, into which they
 are moved one by one. So whoever reads finds the old pack before that step and the new one after it, wherever the save may
-have been cut off; the next save finishes what a cut-off one left, whichever of several writers it is.
+have been cut off; the next save finishes what a cut-off one left, whichever of several writers it is. Several packs are written
+before the first of them takes effect.
 """
 
 from __future__ import annotations
@@ -178,26 +179,40 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write files to, which take the place of those in `folder` all at once when the context ends well.
+def replacing(*folders: Path) -> Iterator[list[Path]]:
+    """For each of some folders one to write files to, which take the place of those in it all at once when the context ends
+    well. Of several folders none changes before the files of all are on the disk; then they change one after the other, by a
+    renaming each.
 
     Raises:
-        NotADirectoryError: there is a file in the folder's place.
+        NotADirectoryError: there is a file in a folder's place.
         IsADirectoryError: there is a folder in a file's place.
-        OSError: the disk is full, the folder can't be written to; it is as it was then.
+        OSError: the disk is full, a folder can't be written to; all are as they were then.
     """
+    stagings: dict[Path, Path] = {}
+    try:
+        for folder in folders:
+            stagings[folder] = _staging(folder)
+        yield list(stagings.values())
+        for folder, staging in stagings.items():
+            _settle(staging, folder)
+        for folder, staging in stagings.items():
+            _commit(staging, folder)
+    except BaseException:
+        for staging in stagings.values():
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    for folder in folders:
+        _flush(folder)
+        _put_in_place(folder)
+
+
+def _staging(folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder to save the pack in")
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
-    staging = Path(tempfile.mkdtemp(prefix=_SAVING, dir=folder))
-    try:
-        yield staging
-        _settle(staging, folder)
-        _commit(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    return Path(tempfile.mkdtemp(prefix=_SAVING, dir=folder))
 
 
 def _sweep(folder: Path) -> None:
@@ -222,17 +237,16 @@ def _settle(staging: Path, folder: Path) -> None:
 
 
 def _commit(staging: Path, folder: Path) -> None:
+    """The renaming from which on the new files count."""
     while True:
         try:
             os.rename(staging, folder / _INCOMING)
-            break
+            return
         except OSError as error:
             if error.errno not in _OCCUPIED or not (folder / _INCOMING).is_dir():
                 raise
         if not _put_in_place(folder):
             raise PermissionError(f"{folder / _INCOMING} is left from another save and can't be moved away")
-    _flush(folder)
-    _put_in_place(folder)
 
 
 def _put_in_place(folder: Path) -> bool:

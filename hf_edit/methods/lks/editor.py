@@ -167,7 +167,7 @@ class LKSEditor(PushToHub):
         """
         folder, tensors = Path(directory), packed(self.generator)
         check_values(tensors, "the editor")
-        with replacing(folder) as staging:
+        with replacing(folder) as (staging,):
             write_tensors(tensors, staging / TENSORS_FILE, {"hf_edit_format": str(_FORMAT)})
             config = {
                 "format_version": _FORMAT,
@@ -336,7 +336,7 @@ def checkpoint_path(base: Base, facts: Sequence[Fact], config: LKSConfig, start:
 def _on_hub(base: Base) -> str | None:
     """The id of a model on the Hub; None for one from a local folder, whose place means nothing to others."""
     name = getattr(base.model, "name_or_path", None)
-    return name if is_repo_id(name) and not os.path.exists(name) else None
+    return str(name) if is_repo_id(name) and not os.path.exists(str(name)) else None
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
