@@ -45,6 +45,6 @@ def export_peft(pack: EditPack, folder: Path) -> None:
         "target_modules": sorted(pack.fit.modules),
         "inference_mode": True,
     }
-    with replacing(folder) as staging:
+    with replacing(folder) as (staging,):
         save_file(tensors, staging / "adapter_model.safetensors", {"format": "pt"})
         (staging / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -27,7 +27,7 @@ from .health import COLLAPSE, Health
 from .hub import PushToHub, Snapshot, check_base_of, fetch
 from .methods import EditConfig, get_method
 from .methods.base import Attachment
-from .pack import CONFIG_FILE, HUB_FILES, EditPack, check_name, describe_base, versions
+from .pack import CONFIG_FILE, HUB_FILES, EditPack, check_name, describe_base, save_packs, versions
 from .report import EditReport, EvalReport, FactResult
 from .restore import Untouched, uninterrupted
 from .storage import located
@@ -157,6 +157,9 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
     ) -> None:
         """Write packs: "default" into the folder itself, others into subfolders of their names. Never the base weights.
 
+        Each pack is replaced whole, however the save ends. Several take effect together: an error leaves all as they were, and
+        so does a kill, unless it falls between the renamings, one a pack, that follow when all are written.
+
         Args:
             selected_packs: their names; by default all.
             push_to_hub: push them as well.
@@ -187,10 +190,11 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
 
     def _write(self, folder: Path, packs: Mapping[str, EditPack], where: str) -> None:
         """Packs with their cards, that of "default" also being the whole folder's."""
+        saved = {}
         for name, pack in packs.items():
             shown = packs if name == "default" else {name: pack}
-            below = folder if name == "default" else folder / name
-            pack.save_pretrained(below, readme=card(shown, where, self._reports()))
+            saved[folder if name == "default" else folder / name] = pack, card(shown, where, self._reports())
+        save_packs(saved)
 
     def _reports(self) -> dict[str, list[EditReport | EvalReport]]:
         """What was measured of packs that are still as they were then."""

@@ -18,12 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ._version import __version__
 from .base import Base
-from .cache import sort_header
 from .card import card
 from .composition import PackDiff, difference, joined
 from .errors import BaseMismatchError, HubError, PackFormatError, PackSecurityError
@@ -31,10 +28,10 @@ from .export import export_peft
 from .facts import Fact
 from .hub import PushToHub, Snapshot, check_base_of, fetch, is_repo_id, safetensors_header
 from .methods import EditConfig, Fit, get_method
-from .storage import identity, located, read_bytes, read_start, replacing
-from .strict import TensorFile, check_values, parse_json, read_tensors
+from .storage import file_digest, located, read_bytes, read_start, read_whole, replacing, write_tensors
+from .strict import TensorFile, check_values, json_digest, parse_config, parse_json, read_tensors
 
-__all__ = ["CONFIG_FILE", "EditPack", "check_name"]
+__all__ = ["CONFIG_FILE", "EditPack", "check_name", "save_packs"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +51,6 @@ _MAX_FACT_BYTES = 1 << 18
 _MAX_FACTS = 100_000
 _MAX_TENSOR_BYTES = 1 << 33
 _MAX_NAMES = 1 << 10
-_ATTEMPTS = 5  # at reading a pack that another process saves again and again
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _KEYS: dict[str, type | tuple[type, ...]] = {
@@ -146,7 +142,7 @@ class EditPack(PushToHub):
             "parent": self.parent,
             "tensors": [[name, str(t.dtype), list(t.shape)] for name, t in sorted(self.tensors.items())],
         }
-        found = hashlib.sha256(_sha256_of_json(about).encode())
+        found = hashlib.sha256(json_digest(about).encode())
         for _, tensor in sorted(self.tensors.items()):
             found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return found.hexdigest()
@@ -237,19 +233,19 @@ class EditPack(PushToHub):
             OSError: the disk is full or the folder can't be written to; what was there still is.
         """
         folder = Path(directory)
-        check_values(self.tensors, "the edit")
-        facts = "".join(json.dumps(f.to_dict(), ensure_ascii=False, sort_keys=True) + "\n" for f in self.facts)
-        with replacing(folder) as staging:
-            _write_tensors(self.tensors, staging / TENSORS_FILE)
-            (staging / FACTS_FILE).write_text(facts, encoding="utf-8", newline="\n")
-            (staging / CARD_FILE).write_text(
-                readme or card({"default": self}, folder.resolve().name), encoding="utf-8", newline="\n"
-            )
-            config = self._config_json(_sha256_of(staging / FACTS_FILE), _sha256_of(staging / TENSORS_FILE))
-            (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+        save_packs({folder: (self, readme or card({"default": self}, folder.resolve().name))})
         if push_to_hub:
             self.push_to_hub(repo_id or folder.resolve().name, **hub_kwargs)
         return folder
+
+    def _write(self, folder: Path, readme: str) -> None:
+        """The pack's files, the configuration last."""
+        facts = "".join(json.dumps(f.to_dict(), ensure_ascii=False, sort_keys=True) + "\n" for f in self.facts)
+        write_tensors(self.tensors, folder / TENSORS_FILE, {"hf_edit_format": str(FORMAT_VERSION)})
+        (folder / FACTS_FILE).write_text(facts, encoding="utf-8", newline="\n")
+        (folder / CARD_FILE).write_text(readme, encoding="utf-8", newline="\n")
+        config = self._config_json(file_digest(folder / FACTS_FILE), file_digest(folder / TENSORS_FILE))
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
 
     def export_peft(self, directory: str | os.PathLike[str]) -> None:
         """Write the edit as a LoRA adapter, which PEFT, plain transformers and inference servers load without this library.
@@ -276,7 +272,9 @@ class EditPack(PushToHub):
         return f"{len(self.facts)} edited facts ({self.method})"
 
     def shareable(self) -> EditPack:
-        """The pack without the path of a base that lies in a local folder, which means nothing to others."""
+        """The pack without paths of this machine, such as that of a base in a local folder, which mean nothing to others."""
+        if (settings := self.config.shareable()) is not self.config:
+            return replace(self, config=settings).shareable()
         name = self.base["base_model_name_or_path"]
         if name is None or is_repo_id(name):
             return self
@@ -299,7 +297,7 @@ class EditPack(PushToHub):
             "seed": self.seed,
             "parent": self.parent,
         }
-        return {**config, "config_sha256": _sha256_of_json(config)}
+        return {**config, "config_sha256": json_digest(config)}
 
     @classmethod
     def inspect(
@@ -386,14 +384,7 @@ class EditPack(PushToHub):
         )
         _check_there(at, pack_name)
         folder = _below(at.folder, pack_name)
-        for _ in range(_ATTEMPTS):
-            before = identity(located(folder, CONFIG_FILE))
-            try:
-                return cls._read(folder, at)
-            except (PackFormatError, FileNotFoundError):
-                if identity(located(folder, CONFIG_FILE)) == before:
-                    raise
-        raise PackFormatError(f"{folder} is saved over and over while it is read; try again")
+        return read_whole(folder, CONFIG_FILE, lambda: cls._read(folder, at))
 
     @classmethod
     def _read(cls, folder: Path, at: Snapshot) -> EditPack:
@@ -408,12 +399,25 @@ class EditPack(PushToHub):
             raise PackFormatError(f"{folder / CONFIG_FILE}: {error}") from error
         fit = Fit(tensors, tuple(config["modules"]), facts)
         method.validate(fit, settings, None)
-        if config["config_sha256"] != _sha256_of_json({k: v for k, v in config.items() if k != "config_sha256"}):
+        if config["config_sha256"] != json_digest({k: v for k, v in config.items() if k != "config_sha256"}):
             raise PackFormatError(
                 f"{folder / CONFIG_FILE} was changed since the pack was saved (its hash differs): get it again"
             )
         base = {key: config[key] for key in _BASE_KEYS}
         return cls(config["method"], settings, fit, base, config["seed"], config["versions"], config["parent"])
+
+
+def save_packs(packs: Mapping[Path, tuple[EditPack, str]]) -> None:
+    """Write packs with their cards, each into its folder. None takes effect before all are written; on an error none does.
+
+    Raises:
+        PackFormatError, OSError: as of `EditPack.save_pretrained`.
+    """
+    for pack, _ in packs.values():
+        check_values(pack.tensors, "the edit")
+    with replacing(*packs) as stagings:
+        for staging, (pack, readme) in zip(stagings, packs.values(), strict=True):
+            pack._write(staging, readme)
 
 
 def _below(folder: Path, pack_name: str) -> Path:
@@ -499,23 +503,7 @@ def _read(folder: Path, name: str, limit: int) -> bytearray:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
-    config = parse_json(_read(folder, CONFIG_FILE, _MAX_CONFIG_BYTES), path)
-    if not isinstance(config, dict):
-        raise PackFormatError(f"{path} holds no JSON object")
-    version = config.get("format_version")
-    if isinstance(version, int) and version < 1:
-        raise PackFormatError(f"{path} has format {version}, and there is none before 1")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise PackFormatError(
-            f"{path} has format {version}, this version of hf_edit reads {FORMAT_VERSION}: pip install --upgrade hf-edit"
-        )
-    for key, kind in _KEYS.items():
-        if key not in config:
-            raise PackFormatError(f"{path} has no {key!r}")
-        if not isinstance(config[key], kind) or (kind is int and isinstance(config[key], bool)):
-            raise PackFormatError(f"{path}: {key!r} is of the wrong type ({type(config[key]).__name__})")
-    if unknown := sorted(set(config) - set(_KEYS)):
-        raise PackFormatError(f"{path} has unknown keys: {', '.join(unknown)[:200]}")
+    config = parse_config(_read(folder, CONFIG_FILE, _MAX_CONFIG_BYTES), path, FORMAT_VERSION, _KEYS)
     name = config["base_model_name_or_path"]
     if name is not None and not (name.strip() and name.isprintable()):
         raise PackSecurityError(f"{path}: the base model's name is empty or holds control characters: {name!r:.200}")
@@ -583,27 +571,6 @@ def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Te
     if metadata.get("hf_edit_format") != str(FORMAT_VERSION):
         raise PackFormatError(f"{path} is no tensor file of an edit pack (its header does not say so)")
     return tensors
-
-
-def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
-    try:
-        save_file(ordered, path, {"format": "pt", "hf_edit_format": str(FORMAT_VERSION)})
-        sort_header(path)
-    except SafetensorError as error:  # which is no OSError, also where the disk is full
-        raise OSError(f"{path} can't be written: {error}") from error
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
-
-
-def _sha256_of_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def check_name(name: str) -> None:

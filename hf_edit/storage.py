@@ -3,12 +3,14 @@
 A save writes all files into a folder beside the old ones (`.saving-...`), and takes effect in one step: that folder is
 renamed to `.incoming`. From then on its files count before those of the same name in the pack's own folder, into which they
 are moved one by one. So whoever reads finds the old pack before that step and the new one after it, wherever the save may
-have been cut off; the next save finishes what a cut-off one left, whichever of several writers it is.
+have been cut off; the next save finishes what a cut-off one left, whichever of several writers it is. Several packs are written
+before the first of them takes effect.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import re
@@ -16,18 +18,27 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from .cache import sort_header
 from .errors import PackFormatError, PackSecurityError
 
-__all__ = ["identity", "located", "read_bytes", "read_start", "replacing"]
+__all__ = ["file_digest", "located", "read_bytes", "read_start", "read_whole", "replacing", "write_tensors"]
+
+T = TypeVar("T")
 
 _INCOMING = ".incoming"
 _SAVING = ".saving-"
 _MAX_HEADER = 1 << 24
 _ABANDONED = 3600.0  # seconds after which what a killed save left behind is swept away
+_ATTEMPTS = 5  # at reading what another process saves again and again
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)  # what renaming onto a folder with files in it says, by system
 
 
@@ -37,7 +48,26 @@ def located(folder: Path, name: str) -> Path:
     return incoming if os.path.lexists(incoming) else folder / name
 
 
-def identity(path: Path) -> tuple[int, ...] | None:
+def read_whole(folder: Path, config: str, read: Callable[[], T]) -> T:
+    """What `read` makes of a folder's files, read again where another process has saved meanwhile.
+
+    Args:
+        config: the file that a save puts in place last.
+
+    Raises:
+        PackFormatError: it is saved over and over; or what `read` raises of files that nobody touched.
+    """
+    for _ in range(_ATTEMPTS):
+        before = _identity(located(folder, config))
+        try:
+            return read()
+        except (PackFormatError, FileNotFoundError):
+            if _identity(located(folder, config)) == before:
+                raise
+    raise PackFormatError(f"{folder} is saved over and over while it is read; try again")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
     """What tells a file from one that has been put in its place; None where there is none."""
     try:
         found = path.stat()
@@ -125,27 +155,64 @@ def _is_blob(real: Path, home: Path) -> bool:
     return False
 
 
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write files to, which take the place of those in `folder` all at once when the context ends well.
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file, the same bytes for the same contents.
 
     Raises:
-        NotADirectoryError: there is a file in the folder's place.
-        IsADirectoryError: there is a folder in a file's place.
-        OSError: the disk is full, the folder can't be written to; it is as it was then.
+        OSError: the disk is full, the folder can't be written to.
     """
+    ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    try:
+        save_file(ordered, path, {"format": "pt", **metadata})
+        sort_header(path)
+    except SafetensorError as error:  # which is no OSError, also where the disk is full
+        raise OSError(f"{path} can't be written: {error}") from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+@contextmanager
+def replacing(*folders: Path) -> Iterator[list[Path]]:
+    """For each of some folders one to write files to, which take the place of those in it all at once when the context ends
+    well. Of several folders none changes before the files of all are on the disk; then they change one after the other, by a
+    renaming each.
+
+    Raises:
+        NotADirectoryError: there is a file in a folder's place.
+        IsADirectoryError: there is a folder in a file's place.
+        OSError: the disk is full, a folder can't be written to; all are as they were then.
+    """
+    stagings: dict[Path, Path] = {}
+    try:
+        for folder in folders:
+            stagings[folder] = _staging(folder)
+        yield list(stagings.values())
+        for folder, staging in stagings.items():
+            _settle(staging, folder)
+        for folder, staging in stagings.items():
+            _commit(staging, folder)
+    except BaseException:
+        for staging in stagings.values():
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    for folder in folders:
+        _flush(folder)
+        _put_in_place(folder)
+
+
+def _staging(folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder to save the pack in")
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
-    staging = Path(tempfile.mkdtemp(prefix=_SAVING, dir=folder))
-    try:
-        yield staging
-        _settle(staging, folder)
-        _commit(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    return Path(tempfile.mkdtemp(prefix=_SAVING, dir=folder))
 
 
 def _sweep(folder: Path) -> None:
@@ -170,17 +237,16 @@ def _settle(staging: Path, folder: Path) -> None:
 
 
 def _commit(staging: Path, folder: Path) -> None:
+    """The renaming from which on the new files count."""
     while True:
         try:
             os.rename(staging, folder / _INCOMING)
-            break
+            return
         except OSError as error:
             if error.errno not in _OCCUPIED or not (folder / _INCOMING).is_dir():
                 raise
         if not _put_in_place(folder):
             raise PermissionError(f"{folder / _INCOMING} is left from another save and can't be moved away")
-    _flush(folder)
-    _put_in_place(folder)
 
 
 def _put_in_place(folder: Path) -> bool:

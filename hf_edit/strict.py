@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import torch
 
 from .errors import PackFormatError
 
-__all__ = ["TensorFile", "check_values", "parse_json", "read_tensors"]
+__all__ = ["TensorFile", "check_values", "json_digest", "parse_config", "parse_json", "read_tensors"]
 
 _MAX_TENSORS = 1 << 12
 _MAX_HEADER_BYTES = 1 << 22
@@ -46,6 +47,43 @@ def parse_json(data: bytes | bytearray, path: Path) -> Any:
         return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_float=number, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise PackFormatError(f"{path} is not valid JSON: {error}"[:500]) from error
+
+
+def parse_config(
+    data: bytes | bytearray, path: Path, format_version: int, kinds: Mapping[str, type | tuple[type, ...]]
+) -> dict[str, Any]:
+    """A JSON object with just the keys that are known, each of its type.
+
+    Args:
+        format_version: the newest `format_version` that is read.
+        kinds: type or types by key.
+
+    Raises:
+        PackFormatError: it is not that, or of another format.
+    """
+    config = parse_json(data, path)
+    if not isinstance(config, dict):
+        raise PackFormatError(f"{path} holds no JSON object")
+    version = config.get("format_version")
+    if isinstance(version, int) and version < 1:
+        raise PackFormatError(f"{path} has format {version}, and there is none before 1")
+    if isinstance(version, int) and version > format_version:
+        raise PackFormatError(
+            f"{path} has format {version}, this version of hf_edit reads {format_version}: pip install --upgrade hf-edit"
+        )
+    for key, kind in kinds.items():
+        if key not in config:
+            raise PackFormatError(f"{path} has no {key!r}")
+        if not isinstance(config[key], kind) or (kind is int and isinstance(config[key], bool)):
+            raise PackFormatError(f"{path}: {key!r} is of the wrong type ({type(config[key]).__name__})")
+    if unknown := sorted(set(config) - set(kinds)):
+        raise PackFormatError(f"{path} has unknown keys: {', '.join(unknown)[:200]}")
+    return config
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value, however its keys are ordered."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -203,6 +204,29 @@ def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     from hostile import World
 
     return World(tmp_path_factory.mktemp("world"), tokenizer)
+
+
+BASE = "org/base"
+
+
+@pytest.fixture(scope="session")
+def base_files(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a tiny base model."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def hub(base_files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """A Hub with the base model on it, which the client talks to as the user "me"."""
+    from hub_server import HubServer, pointed_at
+
+    with HubServer() as server, pointed_at(server, tmp_path / "cache", monkeypatch):
+        server.add(BASE, base_files)
+        monkeypatch.setenv("HF_TOKEN", server.token("me"))
+        yield server
 
 
 @pytest.fixture(scope="session")

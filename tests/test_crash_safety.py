@@ -131,6 +131,71 @@ def saves(two, tmp_path_factory):
     return json.loads(done.stdout)
 
 
+def _of_two_packs(world, two, folder):
+    """A model with one version of two packs, which lies in a folder, and a model with another."""
+    models = []
+    for first, second in (two, reversed(two)):
+        model = EditableModelForCausalLM(world.model.base_model, world.model.tokenizer)
+        model._packs = {"default": first, "more": second}
+        models.append(model)
+    models[0].save_pretrained(folder)
+    return models
+
+
+def _version(folder, two):
+    """Which of its packs' versions a folder of two packs holds."""
+    names = {pack.digest: name for pack, name in zip(two, ("old", "new"), strict=True)}
+    first, second = (EditPack.from_pretrained(folder, pack_name=name).digest for name in ("default", "more"))
+    return names[first], {"old": "new", "new": "old"}[names[second]]
+
+
+def test_several_packs_take_effect_together(world, two, tmp_path, monkeypatch):
+    """Whatever the save has written when it is killed; only between its two renamings is there one new pack and one old."""
+    _, new = _of_two_packs(world, two, tmp_path / "packs")
+    seen = []
+
+    def watched(step):
+        def run(*arguments, **named):
+            as_it_is = shutil.copytree(tmp_path / "packs", tmp_path / str(len(seen)))
+            seen.append(_version(as_it_is, two))
+            return step(*arguments, **named)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", watched(os.rename))
+        patch.setattr(Path, "replace", watched(Path.replace))
+        patch.setattr(hf_edit.pack, "write_tensors", watched(hf_edit.pack.write_tensors))
+        patch.setattr(hf_edit.pack, "file_digest", watched(hf_edit.pack.file_digest))
+        new.save_pretrained(tmp_path / "packs")
+    writing = 2 * 3 + 1  # tensors and two hashes of each pack, then the first renaming
+    assert seen[:writing] == [("old", "old")] * writing
+    assert seen[writing] == ("new", "old")
+    assert seen[writing + 1 :] == [("new", "new")] * 8  # its files, and theirs, are moved one by one
+    assert _version(tmp_path / "packs", two) == ("new", "new")
+
+
+@pytest.mark.parametrize("name", ["write_tensors", "file_digest"])
+def test_an_error_in_the_last_of_several_packs_leaves_all_as_they_were(world, two, tmp_path, monkeypatch, name):
+    _, new = _of_two_packs(world, two, tmp_path / "packs")
+    step, calls = getattr(hf_edit.pack, name), []
+
+    def full(*arguments):
+        calls.append(arguments)
+        if "more" in str(arguments):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_edit.pack, name, full)
+        with pytest.raises(OSError, match="No space left"):
+            new.save_pretrained(tmp_path / "packs")
+    assert len(calls) > 1
+    assert _version(tmp_path / "packs", two) == ("old", "old")
+    assert set(os.listdir(tmp_path / "packs")) == {*FILES, "more"}
+    assert set(os.listdir(tmp_path / "packs" / "more")) == FILES
+
+
 @pytest.mark.parametrize("how", ["kill", "full"])
 def test_a_save_cut_off_anywhere_leaves_the_old_pack_or_the_new_one(saves, how):
     found = saves[how]

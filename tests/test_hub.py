@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FACTS, QUICK_STEAM, tiny_model
+from conftest import BASE, FACTS, QUICK_STEAM
 from hub_server import HubServer, pointed_at
 from huggingface_hub import HfApi, constants
 
@@ -28,26 +28,7 @@ from hf_edit import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the client, towards its own transport
 
-BASE = "org/base"
 PACK_FILES = {"README.md", "edit_config.json", "edits.safetensors", "facts.jsonl"}
-
-
-@pytest.fixture(scope="module")
-def base_files(tokenizer, tmp_path_factory):
-    """The files of a tiny base model."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.fixture
-def hub(base_files, tmp_path, monkeypatch):
-    """A Hub with the base model on it, which the client talks to as the user "me"."""
-    with HubServer() as server, pointed_at(server, tmp_path / "cache", monkeypatch):
-        server.add(BASE, base_files)
-        monkeypatch.setenv("HF_TOKEN", server.token("me"))
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -470,66 +451,33 @@ def test_inspecting_a_repo_downloads_no_tensor(hub, edited):
 
 # --- a demonstration, as users have it: fresh processes, the client's own settings, large files by Xet --------------------
 
-
-def _in_a_fresh_process(code, hub, home, *arguments):
-    """What a process prints that knows of nothing but the Hub's address and a token."""
-    variables = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token("me"), "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert hub.token("me") not in done.stdout + done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", "["))]
-
-
-_EDIT_AND_PUSH = """
+_DEMONSTRATION = """
 import json, sys
-from hf_edit import EditableModelForCausalLM, read_facts
-base, facts, settings = sys.argv[1:]
-model = EditableModelForCausalLM.from_pretrained(base)
-facts = read_facts(facts)
-shas = []
-for end in (1, 2):
-    model.edit(facts[end - 1], "memit", progress=False, verify=False, **json.loads(settings))
-    shas.append(model.push_to_hub("me/lyon").oid)
-print(json.dumps({"shas": shas, "after": model.ask(facts[0].question)}))
-"""
-_LOAD_AND_ASK = """
-import json, sys
-from hf_edit import EditableModelForCausalLM, EditPack
-sha, prompt, plain, adapter = sys.argv[1:]
-for revision in (None, sha):
-    model = EditableModelForCausalLM.from_pretrained("me/lyon", revision=revision)
-    print(json.dumps({"facts": len(model.list_edits()), "answer": model.ask(prompt)}))
-model = EditableModelForCausalLM.from_pretrained("me/lyon", local_files_only=True)
-model.merge_and_unload().save_pretrained(plain)
-model.tokenizer.save_pretrained(plain)
-EditPack.from_pretrained("me/lyon", local_files_only=True).export_peft(adapter)
-"""
-_LOAD_PLAIN = """
-import json, sys
-sys.modules["hf_edit"] = None  # it can't be imported
-from transformers import AutoModelForCausalLM, AutoTokenizer
-prompt, plain, adapter = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(plain)
-inputs = tokenizer(prompt, return_tensors="pt")
-for folder in (plain, adapter):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    output = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1]:]
-    print(json.dumps([tokenizer.decode(output, skip_special_tokens=True)]))
+import share
+repo, base, output, facts, settings = sys.argv[1:]
+share.FACTS, share.SETTINGS = json.loads(facts), json.loads(settings)
+share.main(["--repo", repo, "--base", base, "--output", output, "--private"])
 """
 
 
 def test_edit_push_load_by_id_and_by_sha_ask_merge_and_export_in_fresh_processes(hub, tmp_path):
-    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact.to_dict()) + "\n" for fact in FACTS[:2]))
-    settings = json.dumps({**QUICK_STEAM, "steps": 10})
-    prompt = FACTS[0].question
-    (made,) = _in_a_fresh_process(_EDIT_AND_PUSH, hub, tmp_path / "a", BASE, tmp_path / "facts.jsonl", settings)
+    """The example, by a process that knows of nothing but the Hub's address and a token."""
+    facts = json.dumps([(fact.subject, fact.prompt, fact.target) for fact in FACTS[:2]])
+    arguments = ["me/lyon", BASE, str(tmp_path / "out"), facts, json.dumps({**QUICK_STEAM, "steps": 10})]
+    places = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    variables = {**os.environ, **places, "HF_TOKEN": hub.token("me"), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", _DEMONSTRATION, *arguments], env=variables, capture_output=True, text=True)
+    shown = done.stdout
+    assert done.returncode == 0, shown + done.stderr
+    assert hub.token("me") not in shown + done.stderr
+    assert "4 of 4 answered as the edited model did" in shown
+    later, first, _ = hub.repos["me/lyon"].history("main")
+    assert all(f"/me/lyon/commit/{commit.sha}" in shown for commit in (later, first))
+    assert f"from_pretrained('me/lyon', revision='{first.sha}'): the same answers" in shown
+    assert hub.repos["me/lyon"].private
+    for revision, facts in ((first.sha, FACTS[:2]), (None, FACTS[:1])):
+        assert EditPack.from_pretrained("me/lyon", revision=revision).facts == tuple(facts)
     assert len(hub.xet.files) == 2
     assert not hub.asked("storage PUT")
-    written = tmp_path / "plain", tmp_path / "adapter"
-    latest, first = _in_a_fresh_process(_LOAD_AND_ASK, hub, tmp_path / "b", made["shas"][0], prompt, *written)
-    assert (latest["facts"], first["facts"]) == (2, 1)
-    assert latest["answer"] == made["after"]
     assert hub.asked("storage GET /xorbs/")
     assert not any(hub.token("me") in str(request.headers) for request in hub.asked("^storage"))
-    assert _in_a_fresh_process(_LOAD_PLAIN, hub, tmp_path / "c", prompt, *written) == [made["after"]] * 2

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
 from conftest import FACTS, QUICK_LKS, same, snapshot, tiny_model
 
-from hf_edit import BaseMismatchError, EditableModelForCausalLM, Fact, LKSEditor, PackFormatError
+from hf_edit import BaseMismatchError, EditableModelForCausalLM, Fact, LKSEditor
 from hf_edit.methods.lks import bank_facts, checkpoint, editor, swap_entity, training
 from hf_edit.methods.lks.features import read_features
 from hf_edit.methods.lks.store import TensorStore
@@ -173,24 +172,9 @@ def test_an_editor_for_another_base_or_of_another_shape_is_refused(tokenizer, ll
         _edit(llama, train=False)
 
 
-def test_a_damaged_editor_is_refused(trained, tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no LKSEditor"):
-        LKSEditor.from_pretrained(tmp_path)
-    folder = trained.save_pretrained(tmp_path / "editor")
-    config = (folder / editor.CONFIG_FILE).read_text()
-    changes = {"not valid JSON": "{", "just the keys": json.dumps({**json.loads(config), "more": 1})}
-    changes["wrong type"] = json.dumps({**json.loads(config), "layer": "3"})
-    changes["of the form"] = json.dumps({**json.loads(config), "generator": "mlp"})
-    for message, text in changes.items():
-        (folder / editor.CONFIG_FILE).write_text(text)
-        with pytest.raises(PackFormatError, match=message):
-            LKSEditor.from_pretrained(folder)
-    (folder / editor.CONFIG_FILE).write_text(config)
-    data = bytearray((folder / editor.TENSORS_FILE).read_bytes())
-    data[-1] ^= 1
-    (folder / editor.TENSORS_FILE).write_bytes(data)
-    with pytest.raises(PackFormatError, match="hash"):
-        LKSEditor.from_pretrained(folder)
+def test_no_editor_is_trained_for_a_generator_that_takes_none(llama):
+    with pytest.raises(ValueError, match="trained from scratch by each edit"):
+        LKSEditor.train(llama, FACTS, progress=False, generator="linear")
 
 
 def test_the_generator_that_small_edits_begin_with_is_trained_once_a_model(llama, monkeypatch):

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, metavar="DIR", help="folder for the editor")
-    parser.add_argument("--editor", type=Path, metavar="DIR", help="measure this editor and train none")
+    parser.add_argument("--editor", metavar="EDITOR", help="folder or repo of an editor: measure it and train none")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     given = settings(options.set)

@@ -56,6 +56,10 @@ class EditConfig:
                 )
         return dataclasses.replace(self, **{name: getattr(pack, name) for name in self.structural})
 
+    def shareable(self: C) -> C:
+        """These settings for others to read: without paths of this machine."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON types."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

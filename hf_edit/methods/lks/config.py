@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ...hub import is_repo_id
 from ..base import EditConfig, require, setting
 from .generator import FORMS
 
-__all__ = ["LKSConfig"]
+__all__ = ["RELEASED", "LKSConfig"]
 
-_RELEASED = ("linear", "mlp")  # overwrite the state by a map of the feature alone
+RELEASED = ("linear", "mlp")  # overwrite the state by a map of the feature alone
+_WORDS = ("none", "bank", "given")  # what `editor` may say beside the place of one
 _MANY = 500  # facts; more of them take fewer passes each
 
 
@@ -38,7 +40,7 @@ class LKSConfig(EditConfig):
     editor: Any = setting(
         "none",
         "what training begins with: 'none', an untrained generator, as the released forms always do; 'bank', one that is "
-        "trained on the shipped bank once a model and kept; the folder of an `LKSEditor`, or an `LKSEditor`",
+        "trained on the shipped bank once a model and kept; an `LKSEditor`, or the folder of one, or its repo on the Hub",
     )
     train: bool = setting(True, "False edits without training, from the facts' features alone; see `LKSEditor`")
     epochs: int | None = setting(
@@ -86,12 +88,12 @@ class LKSConfig(EditConfig):
         require(self.target_tokens <= 64, "target_tokens must be at most 64")
         require(self.generator in FORMS, f"generator is one of {', '.join(map(repr, FORMS))}, not {self.generator!r}")
         require(self.compute_dtype in ("auto", "model"), "compute_dtype is 'auto' or 'model'")
-        require(bool(self.editor), "editor is 'bank', 'none', the folder of an LKSEditor, or an LKSEditor")
+        require(bool(self.editor), "editor is 'bank', 'none', an LKSEditor, or the folder or repo of one")
 
     @property
     def released(self) -> bool:
         """Whether the generator is of a released form, trained as there: from scratch, and nothing but it."""
-        return self.generator in _RELEASED
+        return self.generator in RELEASED
 
     @property
     def slots(self) -> int:
@@ -103,6 +105,11 @@ class LKSConfig(EditConfig):
         if self.epochs is not None:
             return self.epochs
         return round(min(12.0, max(4.0, 12.0 * (_MANY / facts) ** 0.35)))
+
+    def shareable(self) -> LKSConfig:
+        """See `EditConfig.shareable`: the folder of an editor becomes the word "given"."""
+        known = self.editor in _WORDS or (is_repo_id(self.editor) and not os.path.exists(self.editor))
+        return self if known else replace(self, editor="given")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON types; an editor that was given as an object becomes the word "given"."""

@@ -8,22 +8,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
 from ..._version import __version__
 from ...base import Base, seeded
-from ...cache import atomic_path, cache_folder
-from ...errors import BaseMismatchError, PackFormatError
+from ...cache import cache_folder
+from ...errors import BaseMismatchError, HubError, PackFormatError
 from ...facts import Fact, read_facts
+from ...hub import PushToHub, fetch, is_repo_id
+from ...storage import file_digest, located, read_bytes, read_whole, replacing, write_tensors
+from ...strict import check_values, json_digest, parse_config, read_tensors
 from ...suffix import frozen
 from .bank_facts import bank_facts
-from .config import LKSConfig
+from .config import RELEASED, LKSConfig
+from .editor_card import editor_card
 from .examples import build_examples
 from .features import general_states, read_features
 from .generator import FORMS, Generator, generator_of, make_generator, packed
@@ -36,20 +40,35 @@ _FORMAT = 1
 _DEPTH = 0.55
 _BANK_FACTS = 1200
 _BANK_EPOCHS = 3
-_KEYS: dict[str, Any] = {
+_MAX_CONFIG_BYTES = 1 << 16
+_MAX_TENSOR_BYTES = 1 << 33
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_KEYS: dict[str, type | tuple[type, ...]] = {
     "format_version": int,
     "generator": str,
     "layer": int,
+    "base_model": (str, type(None)),
     "base_fingerprint": str,
     "tokenizer_fingerprint": str,
     "num_facts": int,
     "tensors_sha256": str,
     "version": str,
+    "config_sha256": str,
+}
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "generator": lambda v: v in FORMS and v not in RELEASED,
+    "layer": lambda v: 0 <= v < 1 << 16,
+    "base_model": lambda v: v is None or is_repo_id(v),
+    "base_fingerprint": lambda v: v.isalnum() and len(v) < 1 << 10,
+    "tokenizer_fingerprint": lambda v: v.isalnum() and len(v) < 1 << 10,
+    "num_facts": lambda v: 0 <= v < 1 << 63,
+    "tensors_sha256": lambda v: bool(_SHA256.fullmatch(v)),
+    "version": lambda v: v.isprintable() and len(v) < 1 << 10,
 }
 
 
 @dataclass(frozen=True, eq=False)
-class LKSEditor:
+class LKSEditor(PushToHub):
     """A trained generator with what it takes to use it.
 
     Attributes:
@@ -58,6 +77,7 @@ class LKSEditor:
         generator: on the CPU.
         base_fingerprint, tokenizer_fingerprint: of the model that it was trained for.
         num_facts: that it was trained on.
+        base_model: id of that model on the Hub; None where it has none.
     """
 
     form: str
@@ -66,6 +86,13 @@ class LKSEditor:
     base_fingerprint: str
     tokenizer_fingerprint: str
     num_facts: int
+    base_model: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of `LKSConfig` that edits with this editor share."""
+        sizes = _sizes(self.generator, self.generator.hidden)
+        return {"generator": self.form, "layer": self.layer, **sizes}
 
     @classmethod
     def train(
@@ -85,9 +112,17 @@ class LKSEditor:
             facts: as for `model.edit`, the more and the more varied the better; what they say does not matter, as the editor
                 learns to put in what it is told. By default made-up facts on the subjects of the shipped bank.
             config: of the training; single settings by name. `editor` is what it begins with, by default nothing.
+
+        Raises:
+            ValueError: a setting is wrong, or names a generator of a released form, which each edit trains from scratch.
         """
         settings = {"editor": "none", **settings} if config is None else settings
         chosen = LKSConfig.combine(config, settings)
+        if chosen.released:
+            raise ValueError(
+                f"generator={chosen.generator!r} is trained from scratch by each edit and takes no editor; train one with "
+                "generator='context' or 'residual'"
+            )
         with model.disable_edits():
             base = Base(model.get_base_model(), model.tokenizer)
             known = bank_facts(_BANK_FACTS, seed) if facts is None else read_facts(facts)
@@ -100,58 +135,105 @@ class LKSEditor:
             BaseMismatchError: it is another model, or has another tokenizer.
         """
         here = (base.fingerprint, base.tokenizer_fingerprint)
-        if here != (self.base_fingerprint, self.tokenizer_fingerprint):
+        fits = self.generator.hidden == base.layout().hidden_size
+        if here != (self.base_fingerprint, self.tokenizer_fingerprint) or not fits:
+            named = f", {self.base_model}" if self.base_model else ""
             raise BaseMismatchError(
-                "the editor was trained for another base model; train one for this: LKSEditor.train(model, facts)"
+                f"the editor was trained for another base model{named}; train one for this: LKSEditor.train(model, facts)"
             )
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Write the editor's two files into a folder, each replaced whole; `editor_config.json` comes last."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.contiguous() for name, t in packed(self.generator).items()}
-        with atomic_path(folder / CONFIG_FILE) as config_path, atomic_path(folder / TENSORS_FILE) as tensors_path:
-            save_file(dict(sorted(tensors.items())), tensors_path, {"format": "pt", "hf_edit_format": str(_FORMAT)})
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub_kwargs: Any,
+    ) -> Path:
+        """Write `editor.safetensors` and `editor_config.json` into a folder, in place of those of an editor that is there:
+        both, or none.
+
+        Args:
+            push_to_hub: push the editor as well.
+            repo_id: where to; by default a repo of the folder's name.
+            **hub_kwargs: for `push_to_hub`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            PackFormatError: the tensors hold NaN or infinity, so that the editor could not be loaded.
+            OSError: the disk is full or the folder can't be written to; what was there still is.
+        """
+        folder, tensors = Path(directory), packed(self.generator)
+        check_values(tensors, "the editor")
+        with replacing(folder) as (staging,):
+            write_tensors(tensors, staging / TENSORS_FILE, {"hf_edit_format": str(_FORMAT)})
             config = {
                 "format_version": _FORMAT,
                 "generator": self.form,
                 "layer": self.layer,
+                "base_model": self.base_model,
                 "base_fingerprint": self.base_fingerprint,
                 "tokenizer_fingerprint": self.tokenizer_fingerprint,
                 "num_facts": self.num_facts,
-                "tensors_sha256": _sha256(tensors_path),
+                "tensors_sha256": file_digest(staging / TENSORS_FILE),
                 "version": __version__,
             }
-            config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+            config["config_sha256"] = json_digest(config)
+            (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.resolve().name, **hub_kwargs)
         return folder
 
+    def _write_for_hub(self, folder: Path, repo_id: str) -> str:
+        self.save_pretrained(folder)
+        (folder / "README.md").write_text(editor_card(self, repo_id), encoding="utf-8", newline="\n")
+        return f"LKS editor, trained on {self.num_facts} facts"
+
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str]) -> LKSEditor:
-        """Read an editor from a folder.
+    def from_pretrained(
+        cls,
+        directory_or_id: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> LKSEditor:
+        """Read what `save_pretrained` or `push_to_hub` wrote; from the Hub, both files of one commit.
+
+        Args:
+            directory_or_id: a folder, or the id of a repo on the Hub.
+            revision: branch, tag, pull request (``refs/pr/1``) or sha of the repo; by default the main branch.
+            cache_dir, token, force_download, local_files_only: as everywhere with the Hub.
 
         Raises:
             FileNotFoundError: there is none in this folder.
+            HubError: the repo is missing, gated, out of reach, or holds none.
             PackFormatError: it is damaged, changed since it was written, or of a newer format.
+            PackSecurityError: a file of it is a link to somewhere else.
         """
-        folder = Path(directory)
+        at = fetch(
+            directory_or_id,
+            [CONFIG_FILE, TENSORS_FILE],
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        if not os.path.lexists(located(at.folder, CONFIG_FILE)):
+            kind = FileNotFoundError if at.repo_id is None else HubError
+            raise kind(f"{at.name} holds no LKSEditor: there is no {CONFIG_FILE}")
+        return read_whole(at.folder, CONFIG_FILE, lambda: cls._read(at.folder))
+
+    @classmethod
+    def _read(cls, folder: Path) -> LKSEditor:
         config = _read_config(folder)
-        path = folder / TENSORS_FILE
-        if not path.is_file():
-            raise PackFormatError(f"{folder} has no {TENSORS_FILE}: the editor is incomplete")
-        if _sha256(path) != config["tensors_sha256"]:
-            raise PackFormatError(f"{path} is not the file that the editor was saved with (its hash differs): get it again")
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-            generator = generator_of(config["generator"], tensors)
-        except (SafetensorError, KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
-            raise PackFormatError(f"{path} does not hold a generator of the form {config['generator']!r}: {error}") from error
-        expected = {name: t.dtype for name, t in packed(generator).items()}
-        if {name: t.dtype for name, t in tensors.items()} != expected or not all(
-            bool(t.isfinite().all()) for t in tensors.values()
-        ):
-            raise PackFormatError(f"{path} holds a tensor of another precision than an editor's, or NaN or infinity")
-        known = (config["base_fingerprint"], config["tokenizer_fingerprint"], config["num_facts"])
+        generator = _read_generator(folder, config["generator"], config["tensors_sha256"])
+        known = (config["base_fingerprint"], config["tokenizer_fingerprint"], config["num_facts"], config["base_model"])
         return cls(config["generator"], config["layer"], generator, *known)
 
 
@@ -171,7 +253,7 @@ def open_editor(base: Base, config: LKSConfig, seed: int, progress: bool) -> LKS
     editor = config.editor if isinstance(config.editor, LKSEditor) else LKSEditor.from_pretrained(config.editor)
     editor.check_base(base)
     block = block_of(base, config)
-    found = {"generator": editor.form, "layer": editor.layer, **_sizes(editor.generator, base.layout().hidden_size)}
+    found = editor.settings
     asked = {"generator": config.generator, "layer": block, "width": config.width, "target_tokens": config.target_tokens}
     if wrong := [name for name in asked if asked[name] != found[name]]:
         raise ValueError("the editor was trained with other settings; pass " + ", ".join(f"{n}={found[n]!r}" for n in wrong))
@@ -201,7 +283,7 @@ def _fresh(base: Base, config: LKSConfig, seed: int) -> LKSEditor:
     with seeded(seed, base.device), frozen(base.model):
         generator = make_generator(config.generator, hidden, round(config.width * hidden), config.slots)
         generator.standardise(*(t.cpu() for t in general_states(base, block, config.slots)))
-    return LKSEditor(config.generator, block, generator, base.fingerprint, base.tokenizer_fingerprint, 0)
+    return LKSEditor(config.generator, block, generator, base.fingerprint, base.tokenizer_fingerprint, 0, _on_hub(base))
 
 
 def _from_bank(base: Base, config: LKSConfig, progress: bool) -> LKSEditor:
@@ -210,7 +292,7 @@ def _from_bank(base: Base, config: LKSConfig, progress: bool) -> LKSEditor:
     settings = LKSConfig(**own, layer=block_of(base, config), editor="none", epochs=_BANK_EPOCHS, variations=1)
     key = [base.fingerprint, base.tokenizer_fingerprint, settings.to_dict(), _BANK_FACTS, _FORMAT]
     folder = cache_folder("lks", "editors") / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    if (folder / CONFIG_FILE).exists():
+    if located(folder, CONFIG_FILE).exists():
         try:
             return LKSEditor.from_pretrained(folder)
         except PackFormatError:
@@ -230,7 +312,7 @@ def _train(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: int, prog
             settings = LKSConfig.from_dict({**vars(config), "code_lr": 0.0})  # what a fact has of its own would not generalise
             path = checkpoint_path(base, facts, settings, start.generator, seed)
             train(base, start.layer, generator, features, examples, settings, seed, progress, path)
-    known = (base.fingerprint, base.tokenizer_fingerprint, start.num_facts + len(facts))
+    known = (base.fingerprint, base.tokenizer_fingerprint, start.num_facts + len(facts), _on_hub(base))
     return LKSEditor(start.form, start.layer, generator_of(start.form, packed(generator)), *known)
 
 
@@ -251,25 +333,42 @@ def checkpoint_path(base: Base, facts: Sequence[Fact], config: LKSConfig, start:
     return cache_folder("lks", "training") / f"{digest.hexdigest()[:24]}.safetensors"
 
 
+def _on_hub(base: Base) -> str | None:
+    """The id of a model on the Hub; None for one from a local folder, whose place means nothing to others."""
+    name = getattr(base.model, "name_or_path", None)
+    return str(name) if is_repo_id(name) and not os.path.exists(str(name)) else None
+
+
 def _read_config(folder: Path) -> Mapping[str, Any]:
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no LKSEditor: there is no {CONFIG_FILE}")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise PackFormatError(f"{path} is not valid JSON: {error}"[:500]) from error
-    if not isinstance(config, dict) or config.keys() != _KEYS.keys():
-        raise PackFormatError(f"{path} has not just the keys {', '.join(sorted(_KEYS))}")
-    for key, kind in _KEYS.items():
-        if type(config[key]) is not kind:
-            raise PackFormatError(f"{path}: {key!r} is of the wrong type ({type(config[key]).__name__})")
-    if config["format_version"] != _FORMAT:
-        raise PackFormatError(f"{path} has format {config['format_version']}, this version of hf_edit reads {_FORMAT}")
-    if config["generator"] not in FORMS:
-        raise PackFormatError(f"{path}: there is no generator of the form {config['generator']!r:.80}")
+    config = parse_config(read_bytes(folder, CONFIG_FILE, _MAX_CONFIG_BYTES), path, _FORMAT, _KEYS)
+    for key, good in _CHECKS.items():
+        if not good(config[key]):
+            raise PackFormatError(f"{path}: {key!r} is out of range or no such thing: {config[key]!r:.120}")
+    if config["config_sha256"] != json_digest({k: v for k, v in config.items() if k != "config_sha256"}):
+        raise PackFormatError(f"{path} was changed since the editor was saved (its hash differs): get it again")
     return config
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _read_generator(folder: Path, form: str, sha256: str) -> Generator:
+    path = folder / TENSORS_FILE
+    try:
+        data = read_bytes(folder, TENSORS_FILE, _MAX_TENSOR_BYTES)
+    except FileNotFoundError as error:
+        raise PackFormatError(f"{error}: the editor is incomplete") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise PackFormatError(f"{path} is not the file that the editor was saved with (its hash differs): get it again")
+    _, tensors = read_tensors(data, path)
+    try:
+        generator = generator_of(form, tensors)
+    except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        raise PackFormatError(f"{path} does not hold a generator of the form {form!r}: {str(error)[:300]}") from error
+    if _types(tensors) != _types(packed(generator)):
+        raise PackFormatError(f"{path} holds a tensor of another precision than an editor's")
+    if any(name.endswith("_std") and not bool((t > 0).all()) for name, t in tensors.items()):
+        raise PackFormatError(f"{path}: the generator divides by deviations that are not above zero")
+    return generator
+
+
+def _types(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: tensor.dtype for name, tensor in tensors.items()}
