@@ -181,3 +181,12 @@ def test_prompts_that_ask_what_the_fact_asks_are_not_kept(base):
     assert GENERIC_PROMPTS[4] not in kept[0]
     assert GENERIC_PROMPTS[7] not in kept[1]
     assert spared_prompts(base, facts, 1) == [GENERIC_PROMPTS[:1]] * 2
+
+
+def test_settings_that_are_shared_name_no_path_of_this_machine(tmp_path):
+    private = SteamConfig(references=["bank", str(tmp_path / "mine.jsonl")], statistics=str(tmp_path))
+    shared = private.shareable()
+    assert (shared.references, shared.statistics) == (["bank", "given"], "given")
+    assert str(tmp_path) not in str(shared.to_dict())
+    for public in (SteamConfig(), SteamConfig(references="datasets:me/facts", statistics="me/stats")):
+        assert public.shareable() is public

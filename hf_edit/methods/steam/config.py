@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ...hub import is_repo_id
 from ...weights.editors import EDITORS, ONE_BY_ONE
 from ...weights.prompts import GENERIC_PROMPTS
 from ..base import EditConfig, require, setting
@@ -14,6 +16,7 @@ from .anchors import AnchorSettings
 __all__ = ["BaselineConfig", "SteamConfig"]
 
 
+_SOURCES = ("bank", "wikidata", "facts", "given")
 _FRAMES = ("raw", "centred", "object")
 _ALIGNMENTS = ("cosine", "contrastive")
 _AT_LEAST_ONE = (
@@ -174,6 +177,15 @@ class SteamConfig(EditConfig):
             self.references, self.anchor_frame, self.min_references, self.max_references, self.max_per_relation
         )
 
+    def shareable(self) -> SteamConfig:
+        """See `EditConfig.shareable`: paths of references and statistics become the word "given"."""
+        named = self.to_dict()
+        references = _public(named["references"], lambda name: name in _SOURCES or name.startswith("datasets:"))
+        statistics = _public(named["statistics"], lambda name: is_repo_id(name) and not os.path.exists(name))
+        if (references, statistics) == (named["references"], named["statistics"]):
+            return self
+        return replace(self, references=references, statistics=statistics)
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON types; references and statistics that were given as objects become the word "given"."""
         return {**super().to_dict(), "references": _named(self.references), "statistics": _named(self.statistics)}
@@ -191,6 +203,13 @@ class BaselineConfig(SteamConfig):
     bare_share: float | None = setting(None, "the bare prompt's share in a fact's key; None counts it as one context")
     bystanders: float = setting(0.0, "weight of the keys of the prompts' other tokens, at which an insertion changes nothing")
     retries: int = setting(0, "how often the values of facts that did not land are optimised further")
+
+
+def _public(value: Any, known: Callable[[str], bool]) -> Any:
+    """What `_named` wrote down, without what is known on this machine only."""
+    if isinstance(value, list):
+        return [_public(part, known) for part in value]
+    return value if value is None or known(value) else "given"
 
 
 def _named(value: Any) -> Any:
