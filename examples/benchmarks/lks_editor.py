@@ -62,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--editor", metavar="EDITOR", help="folder or repo of an editor: measure it and train none")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    given = settings(options.set)
     train: list[Fact] = []
     tests: dict[str, list[Fact]] = {}
     for path in options.paths:
@@ -76,15 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.editor:
         editor = LKSEditor.from_pretrained(options.editor)
     else:
-        editor = LKSEditor.train(model, train, seed=options.seed, **given)
+        editor = LKSEditor.train(model, train, seed=options.seed, **settings(options.set))
     seconds = time.perf_counter() - started
     if options.save:
         editor.save_pretrained(options.save)
     rows = []
     for name, test in tests.items():
-        shape = {k: v for k, v in given.items() if k in ("width", "target_tokens", "generator", "layer")}
         started = time.perf_counter()
-        model.edit(test, "lks", train=False, editor=editor, verify=False, **shape)
+        model.edit(test, "lks", train=False, editor=editor, verify=False, **editor.settings)
         spent = time.perf_counter() - started
         report = model.evaluate(test, mode="both", metrics=["efficacy", "paraphrase", "same_subject", "repetition"])
         rows.append({"facts": name, "tested": len(test), **percent(report), "ms a fact": round(1000 * spent / len(test), 1)})
