@@ -24,7 +24,7 @@ from .suffix import read_keys_and_states
 
 __all__ = ["Gate", "PromptEnd", "asks_about_another", "gate_block", "read_queries"]
 
-_DEPTH = 0.55
+_DEPTH = 0.45
 _TENSORS = ("mean", "std", "projection", "threshold")
 
 
@@ -188,7 +188,7 @@ def asks_about_another(before: str, after: str) -> bool:
 
 
 def gate_block(layout: Layout, highest: int | None = None) -> int:
-    """The block whose output the gate reads: at 55 % of the depth, or `highest` where that comes before."""
+    """The block whose output the gate reads: at 45 % of the depth, or `highest` where that comes before."""
     block = layout.at_depth(_DEPTH)
     return block if highest is None else min(block, highest)
 

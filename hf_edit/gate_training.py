@@ -1,4 +1,4 @@
-"""Training the gate: beforehand on the package's own wordings, once a model, and further on the facts' own prompts.
+"""Training the gate beforehand, on the package's own wordings, once a model.
 
 For many subjects, prompts that ask for several relations in several wordings are read at the gate's block. Prompts of the same
 relation are pulled together, the others apart; relations that are nearly alike are left out. Prompts stand behind other
@@ -21,7 +21,6 @@ from torch import nn
 
 from .base import Base, autocast, seeded
 from .cache import atomic_path, cache_folder
-from .facts import Fact
 from .gate import Gate, PromptEnd, read_queries
 from .progress import bar
 from .questions import AskedRelation, asked_relations, subjects
@@ -30,7 +29,8 @@ from .suffix import frozen
 
 __all__ = ["train_gate"]
 
-_VERSION = 1  # of texts and training: another number is another entry in the cache
+_PREFIX = "gate."
+_VERSION = 2  # of texts and training: another number is another entry in the cache
 _SIZE = 64
 _GROUPS = 160
 _RELATIONS = 6
@@ -39,8 +39,6 @@ _STEPS = 150
 _GROUPS_A_STEP = 24
 _HELD_OUT = 0.2
 _RIDGE = 0.3
-_MANY = 32  # facts from which on their own prompts are trained on
-_MOST = 400
 
 _LINKS = (
     "{a} is a friend of {b}. ",
@@ -131,50 +129,32 @@ class _Read:
         keep = torch.tensor([int(r) not in relations for r in self.labels[:, 1]])
         return _Read(self.states[keep], self.labels[keep])
 
-    def joined(self, other: _Read) -> _Read:
-        """Both, with numbers that do not meet."""
-        shift = torch.tensor([*(int(n) + 1 for n in self.labels[:, :3].amax(0)), 0])
-        return _Read(torch.cat([self.states, other.states]), torch.cat([self.labels, other.labels + shift]))
 
+def train_gate(base: Base, block: int, *, seed: int = 0, progress: bool = False) -> Gate:
+    """A gate for a model, trained on the package's own wordings.
 
-def train_gate(base: Base, block: int, facts: Sequence[Fact] = (), *, seed: int = 0, progress: bool = False) -> Gate:
-    """A gate for a model.
-
-    Trained on the package's own wordings, which takes a minute on two CPU cores for a model of 135M parameters, once a model;
-    the result is kept in the cache. With many facts it is trained further on their prompts: the prompts of other facts, put on
-    a fact's subject, ask something else, except where they are mined as wordings of the same. `Fact.rephrases` and
-    `Fact.locality` are never read.
+    That takes a minute on two CPU cores for a model of 135M parameters, once a model; the result is kept in the cache. No fact
+    is read: trained further on facts' prompts, put on each other's subjects, it tells paraphrases from other questions worse,
+    on the very data set that they are from (`examples/benchmarks/README.md`).
 
     Args:
         base: the clean model.
         block: whose output the gate reads, see `hf_edit.gate.gate_block`.
-        facts: the facts that it will switch.
         seed: of everything random.
         progress: show progress bars for what takes longer than two seconds.
     """
-    with frozen(base.model), seeded(seed, base.device):
-        read, gate = _from_bank(base, block, seed, progress)
-        if len(facts) < _MANY:
-            return gate
-        own = _read(base, block, _fact_prompts(base, block, gate, facts, seed), progress)
-        return _fitted(read.joined(own), seed)
-
-
-def _from_bank(base: Base, block: int, seed: int, progress: bool) -> tuple[_Read, Gate]:
-    """What was read of the bank's prompts, and the gate trained on them; from the cache where it is there."""
     path = cache_folder("gates", base.fingerprint) / f"{base.tokenizer_fingerprint}-{block}-{seed}-v{_VERSION}.safetensors"
     try:
-        kept = load_file(path)
-        gate = Gate.from_tensors(kept, "gate.", base.layout().hidden_size)
+        gate = Gate.from_tensors(load_file(path), _PREFIX, base.layout().hidden_size)
         if gate is not None:
-            return _Read(kept["states"].float(), kept["labels"]), gate
-    except (FileNotFoundError, KeyError, ValueError, SafetensorError):
+            return gate
+    except (FileNotFoundError, ValueError, SafetensorError):
         pass  # nothing there, or damaged: made anew
-    read = _read(base, block, _bank_prompts(base, seed), progress)
-    gate = _fitted(read, seed)
+    with frozen(base.model), seeded(seed, base.device):
+        gate = _fitted(_read(base, block, _bank_prompts(base, seed), progress), seed)
     with atomic_path(path) as target:
-        save_file({"states": read.states.half(), "labels": read.labels, **gate.tensors("gate.")}, target)
-    return read, gate
+        save_file(gate.tensors(_PREFIX), target)
+    return gate
 
 
 def _read(base: Base, block: int, prompts: Sequence[_Prompt], progress: bool) -> _Read:
@@ -189,8 +169,7 @@ def _read(base: Base, block: int, prompts: Sequence[_Prompt], progress: bool) ->
                 states.append(read_queries(base, block, rows[part], ends[part]).cpu())
             shown.update(len(states[-1]))
     labels = torch.tensor([(p.group, p.relation, p.near, int(p.plain)) for p in prompts])
-    # as the cache keeps them, so that a gate from the cache and one made anew are the same
-    return _Read(torch.cat(states).clamp(-6e4, 6e4).half().float(), labels)
+    return _Read(torch.cat(states).float(), labels)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -270,62 +249,6 @@ class _Writer:
 
     def _filled(self, wording: str, subject: str) -> str:
         return wording.replace("{}", subject)
-
-
-def _fact_prompts(base: Base, block: int, gate: Gate, facts: Sequence[Fact], seed: int) -> list[_Prompt]:
-    """Groups around facts: each with wordings mined for it, and prompts of other facts put on its subject."""
-    rng = random.Random(seed + 1)
-    facts = rng.sample(list(facts), min(len(facts), _MOST))
-    patterns = _Patterns(base, block, gate, facts)
-    names = [f.subject for f in facts]
-    prompts: list[_Prompt] = []
-    for group, fact in enumerate(facts):
-        writer = _Writer(base, rng, group, fact.subject, rng.choice(names))
-        own = patterns.index[fact.prompt]
-        alike = [patterns.prompts[i] for i in rng.sample(patterns.alike[own], min(_QUERIES, len(patterns.alike[own])))]
-        others = rng.sample(patterns.different[own], min(_RELATIONS, len(patterns.different[own])))
-        # numbers are of patterns: a mined wording takes the number of the fact's own
-        prompts += writer.prompts((fact.prompt, *alike), own, own)
-        for i in others:
-            asked = _Prompt(patterns.prompts[i].replace("{}", fact.subject), group, i, i)
-            prompts.append(writer.dressed(asked, bare=0.7))
-    return prompts
-
-
-class _Patterns:
-    """The facts' prompts without their subjects, and which of them ask the same, as far as that can be known.
-
-    Two patterns ask the same where a gate that knows neither is sure of it and their facts share objects; they ask for
-    different things where it is sure of that, or where it is in doubt and they share none.
-
-    Attributes:
-        prompts: each pattern once.
-        index: by prompt.
-        alike, different: for each pattern, numbers of others.
-    """
-
-    def __init__(self, base: Base, block: int, gate: Gate, facts: Sequence[Fact]) -> None:
-        self.prompts = list(dict.fromkeys(f.prompt for f in facts))
-        self.index = {p: i for i, p in enumerate(self.prompts)}
-        objects: list[set[str]] = [set() for _ in self.prompts]
-        for f in facts:
-            objects[self.index[f.prompt]] |= {o.casefold() for o in (f.target, f.target_old) if o}
-        # on the same few subjects, so that only what is asked differs
-        subjects_ = [f.subject for f in facts[:: max(1, len(facts) // 4)]][:4]
-        end = PromptEnd(base.tokenizer)
-        near = torch.zeros(len(self.prompts), len(self.prompts))
-        for subject in subjects_:
-            rows = [base.tokenizer(p.replace("{}", subject))["input_ids"] for p in self.prompts]
-            vectors = gate.to(base.device).project(read_queries(base, block, rows, [end(r) for r in rows]))
-            near += (vectors @ vectors.T).cpu() / len(subjects_)
-        sure, threshold = float((1 + gate.threshold) / 2), float(gate.threshold)
-        self.alike: list[list[int]] = []
-        self.different: list[list[int]] = []
-        for i, row in enumerate(near.tolist()):
-            shared = [len(objects[i] & other) for other in objects]
-            self.alike.append([j for j, c in enumerate(row) if j != i and c >= sure and shared[j] > 1])
-            far = [threshold if not shared[j] else threshold / 2 for j in range(len(row))]
-            self.different.append([j for j, c in enumerate(row) if j != i and c < far[j]])
 
 
 # --- fitting ----------------------------------------------------------------------------------------------------------

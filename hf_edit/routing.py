@@ -43,7 +43,7 @@ def fit_routing(
     known = previous[_KEYS] if gate is not None else None
     if gate is None:
         with clean():
-            gate = train_gate(base, read_at, facts, seed=seed, progress=progress)
+            gate = train_gate(base, read_at, seed=seed, progress=progress)
     new = facts if known is None else facts[len(known) :]
     end = PromptEnd(base.tokenizer)
     rows = [base.tokenizer(f.question)["input_ids"] for f in new]

@@ -68,21 +68,6 @@ def test_training_is_done_once_a_model_and_gives_the_same_gate_again(base, quick
     assert all(torch.equal(t, again.tensors("")[name]) for name, t in first.tensors("").items())
 
 
-def test_many_facts_train_it_further_and_what_measures_them_is_never_read(base, quick_gate, monkeypatch):
-    monkeypatch.setattr(training, "_MANY", 3)
-    secret = [
-        f.replace(rephrases=(f"Zebra question about {f.subject}",), locality=(f"Zebra of {f.subject} is",)) for f in FACTS
-    ]
-    seen = []
-    original = training._read
-    monkeypatch.setattr(training, "_read", lambda b, k, prompts, p: seen.extend(prompts) or original(b, k, prompts, p))
-    bank = training.train_gate(base, 3)
-    further = training.train_gate(base, 3, secret)
-    assert not torch.equal(bank.projection, further.projection)
-    assert {f.question for f in FACTS} <= {p.text for p in seen}
-    assert not any("Zebra" in p.text for p in seen)
-
-
 def test_a_prompt_ends_with_its_content_whatever_stands_behind(tokenizer):
     tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<s>", pad_token="<s>")
     content = tokenizer("so it is")["input_ids"]

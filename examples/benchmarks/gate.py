@@ -1,9 +1,9 @@
 """How well the gate tells which of a subject's facts a prompt asks for, on SmolLM2-135M or another model.
 
-    python examples/benchmarks/gate.py FACTS [FACTS ...] [--facts 1000] [--rows 400] [--output DIR]
+    python examples/benchmarks/gate.py FACTS [FACTS ...] [--rows 400] [--blocks 13] [--output DIR]
 
 FACTS are files of facts with `rephrases` (another wording of the same question) and `locality` (another question about the
-same subject). From each file `--facts` rows are given to the training, and `--rows` others are measured:
+same subject), of which `--rows` are measured:
 
 - fires: prompts for which the fact has to be switched on, in %. Its own paraphrase; the paraphrase in the chat template;
   behind another fact's sentence; with another subject named in front of it;
@@ -11,8 +11,8 @@ same subject). From each file `--facts` rows are given to the training, and `--r
   another fact's sentence; and the fact's own prompt asked about another subject that is named beside this one;
 - routed: the subject gets two more facts, whose prompts are other rows'; the share of paraphrases that switch on the right one.
 
-Gates: trained on the package's own wordings alone; on these and the facts of one file; on these and the facts of all files.
-The rows measured are in none of them. `new` counts only the rows whose paraphrase is no wording of the package, word for word.
+The gate is trained on the package's own wordings, at each of `--blocks`. `new` counts only the rows whose paraphrase is no
+wording of the package, word for word.
 """
 
 from __future__ import annotations
@@ -122,24 +122,18 @@ def usable(path: str) -> list[Fact]:
     ]
 
 
-def measure(base: Base, paths: Sequence[str], count: int, rows: int, seed: int) -> list[dict[str, object]]:
+def measure(base: Base, paths: Sequence[str], blocks: Sequence[int], rows: int, seed: int) -> list[dict[str, object]]:
     """A row for each gate and file."""
-    block = gate_block(base.layout())
     sets = {Path(path).stem: random.Random(seed).sample(found, len(found)) for path in paths for found in [usable(path)]}
-    training = {name: facts[rows : rows + count] for name, facts in sets.items()}
-    with frozen(base.model):
-        questions = {name: Questions(base, block, facts[:rows], seed) for name, facts in sets.items()}
-    choices: dict[str, list[Fact]] = {"package": []}
-    choices |= {f"package + {name}": facts for name, facts in training.items()}
-    if len(training) > 1:
-        choices["package + all"] = [f for facts in training.values() for f in facts]
     found: list[dict[str, object]] = []
-    for name, facts in choices.items():
+    for block in blocks:
+        with frozen(base.model):
+            questions = {name: Questions(base, block, facts[:rows], seed) for name, facts in sets.items()}
         started = time.perf_counter()
-        gate = train_gate(base, block, facts, seed=seed)
+        gate = train_gate(base, block, seed=seed)
         seconds = time.perf_counter() - started
         for measured, asked in questions.items():
-            found.append({"gate": name, "measured on": measured, "seconds": seconds, **asked.scores(gate)})
+            found.append({"block": block, "measured on": measured, "seconds": round(seconds), **asked.scores(gate)})
         print(markdown(found), flush=True)
     return found
 
@@ -147,7 +141,7 @@ def measure(base: Base, paths: Sequence[str], count: int, rows: int, seed: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="FACTS", help="files of facts with rephrases and locality")
-    parser.add_argument("--facts", type=int, default=1000, help="rows of each file for training (default: 1000)")
+    parser.add_argument("--blocks", type=int, nargs="+", help="that gates read (default: the one that edits take)")
     parser.add_argument("--rows", type=int, default=400, help="rows of each file to measure (default: 400)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default=None, help="a model id or folder (default: SmolLM2-135M-Instruct)")
@@ -157,7 +151,7 @@ def main() -> None:
     source = arguments.model or smollm2()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     base = Base(model, AutoTokenizer.from_pretrained(source))
-    found = measure(base, arguments.paths, arguments.facts, arguments.rows, arguments.seed)
+    found = measure(base, arguments.paths, arguments.blocks or [gate_block(base.layout())], arguments.rows, arguments.seed)
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "gate.json").write_text(json.dumps({"model": str(source), "rows": found}, indent=2) + "\n")
