@@ -15,7 +15,7 @@ metrics are those of `hf_edit.metrics`, in free generation and teacher-forced, o
 *Fires* is the share of unrelated prompts in which the scope finds an edited subject. *Generation* is the time that 20 greedy
 tokens take with the edits, relative to the clean model: the median of paired runs in turns.
 
-With --output, what is finished is kept and not computed again.
+With --output, what is finished is kept and not computed again, and so are the packs.
 """
 
 from __future__ import annotations
@@ -156,6 +156,8 @@ def run_arm(arm: str, model: Any, facts: list[Fact], unrelated: Sequence[Fact], 
     model.edit(facts, "memit" if arm == "memit" else "lks", verify=False, seed=options.seed, **own)
     found["seconds"] = round(time.perf_counter() - started, 1)
     try:
+        if options.output is not None:
+            model.save_pretrained(options.output / f"{arm}-{len(facts)}")
         base = Base(model.get_base_model(), model.tokenizer)
         found |= measure(base, asked, unrelated, model.disable_edits, options.batch_size)
         found["perplexity"] = round(model.perplexity(), 2)
