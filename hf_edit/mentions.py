@@ -105,6 +105,7 @@ class _Row:
         mentions: (column of the last token, entity).
         asked: the questions that were put, by column.
         events: (column of the question, entity, fact or -1).
+        said: (column, entity) where the target of an entity's fact has been said.
         applied: by column, the fact that its state was rewritten for.
     """
 
@@ -112,6 +113,7 @@ class _Row:
     mentions: list[tuple[int, int]] = field(default_factory=list)
     asked: list[_Question] = field(default_factory=list)
     events: list[tuple[int, int, int]] = field(default_factory=list)
+    said: list[tuple[int, int]] = field(default_factory=list)
     applied: dict[int, int] = field(default_factory=dict)
 
     def until(self, length: int) -> _Row:
@@ -121,6 +123,7 @@ class _Row:
             [m for m in self.mentions if m[0] < length],
             [q for q in self.asked if q.column < length],
             [e for e in self.events if e[0] < length],
+            [s for s in self.said if s[0] < length],
             {c: f for c, f in self.applied.items() if c < length},
         )
 
@@ -172,7 +175,7 @@ class MentionAttachment:
     The edit acts on the last token of every mention: in prompts, behind left padding, in continued conversations,
     and in text that the model itself generates. With a gate, the end of the prompt decides for which of the entity's facts,
     if any: the same forward reads it. In generated text a fact is switched on where the text comes to ask for it, and off once
-    its target has been said: what is written behind it, the clean model writes, and does not say it again and again.
+    its target has been said, until the text mentions the entity again: what is written behind it, the clean model writes.
 
     What is right depends on the whole text, and tokens may have been run before it was known: the question comes in a later
     chunk or turn than the mention, a name turns out to be the beginning of another, or the gate reads a block above the one
@@ -354,7 +357,11 @@ class MentionAttachment:
             row.asked.append(question)
             if not question.final and self._said(row, question):
                 continue
-            entities = list(dict.fromkeys(e for c, e in row.mentions if c <= question.column))
+            # what has been said is not said again before the text comes back to its subject
+            since = {e: c for c, e in row.said} if not question.final else {}
+            entities = list(dict.fromkeys(e for c, e in row.mentions if since.get(e, -1) < c <= question.column))
+            if not entities:
+                continue
             facts = [f for e in entities for f in self._facts[e]]
             owner = [e for e in entities for _ in self._facts[e]]
             near = keys[facts] @ query
@@ -377,6 +384,7 @@ class MentionAttachment:
         text = self._tokenizer.decode(answer).rstrip().casefold() if on else ""
         said = [entity for entity, fact in on.items() if text.endswith(self._targets[fact])]
         row.events += [(question.column, entity, _NONE) for entity in said]
+        row.said += [(question.column, entity) for entity in said]
         return bool(said)
 
     def _about_another(self, plan: _Plan, question: _Question, entity: int) -> bool:

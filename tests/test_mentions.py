@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -219,8 +220,13 @@ def test_a_question_that_the_model_itself_comes_to_ask_switches_the_fact_on(edit
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_once_the_target_has_been_said_the_clean_model_goes_on(edited, cached):
-    """The model is made to say the target and one word more: up to its last token the fact is on, then it is off."""
+@pytest.mark.parametrize("eager", [False, True], ids=["", "gate lets everything through"])
+def test_once_the_target_has_been_said_the_clean_model_goes_on(edited, cached, eager):
+    """The model is made to say the target and one word more: up to its last token the fact is on, then it is off, whatever the
+    gate says of text that does not name the subject again."""
+    if eager:
+        routing = edited.attachment._routing
+        edited.attachment._routing = replace(routing, gate=replace(routing.gate, threshold=torch.tensor(-3.0)))
     prompt, target = ids_of(edited, CAPITAL)[0].tolist(), edited.tokenizer(" Rome is")["input_ids"]
 
     def force(input_ids, scores):
