@@ -103,7 +103,7 @@ class _Row:
     Attributes:
         ids: all tokens.
         mentions: (column of the last token, entity).
-        asked: the questions that were put, by column.
+        asked: the questions that there were, by column.
         events: (column of the question, entity, fact or -1).
         said: (column, entity) where the target of an entity's fact has been said.
         applied: by column, the fact that its state was rewritten for.
@@ -199,7 +199,7 @@ class MentionAttachment:
         self._model, self._tokenizer = base.model, base.tokenizer
         self._scope, self._facts, self._routing = entities.scope, entities.facts, routing
         self._targets = tuple(target.strip().casefold() for target in entities.targets)
-        self._end = PromptEnd(base.tokenizer) if routing is not None else None
+        self._end = PromptEnd(base.tokenizer)
         self._window = entities.scope.longest + 8
         self._key = uuid.uuid4().hex  # tells the records of several edits on one cache apart, also once it was copied
         self._now = _Run()
@@ -280,11 +280,13 @@ class MentionAttachment:
                 row = replace(past.until(first), ids=tokens) if past is not None else row
             row.mentions = self._mentions(row, real, first)
             rows.append(row)
-            if self._routing is not None and real:
+            if real:
                 questions += self._questions(number, tokens, real, first, shown)
         if (repeated := _AGAIN.get()) is not None:  # another edit has the tokens run again
             questions = [q for q in repeated if q.column >= first]
         questions.sort(key=lambda q: q.column)
+        for question in questions:  # also where this edit has nothing to say: another one that runs tokens again may
+            rows[question.row].asked.append(question)
         now.asked = None
         now.plan = _Plan(text, mask, first, rows, questions, arguments)
 
@@ -322,7 +324,6 @@ class MentionAttachment:
         shown: tuple[torch.Tensor, torch.Tensor | None, bool] | None,
     ) -> Iterator[_Question]:
         """Where the gate looks in a row: at the end of the prompt, and at each token that was generated behind it."""
-        assert self._end is not None
         asked = self._now.asked or asking()
         generated = (shown is not None and not shown[2]) or (shown is None and first > 0 and len(tokens) == first + 1)
         prompt = len(tokens) if not generated else self._now.prompt if shown is not None else first
@@ -354,7 +355,6 @@ class MentionAttachment:
         at = ([q.row for q in questions], [q.column - plan.first for q in questions])
         for question, query in zip(questions, gate.project(states[at].detach()), strict=True):
             row = plan.rows[question.row]
-            row.asked.append(question)
             if not question.final and self._said(row, question):
                 continue
             # what has been said is not said again before the text comes back to its subject
@@ -379,7 +379,7 @@ class MentionAttachment:
         """Whether generated text ends in the target of a fact that is on; then it is switched off."""
         on = {entity: fact for _, entity, fact in row.events if self._targets}
         on = {entity: fact for entity, fact in on.items() if fact != _NONE}
-        begin = 1 + max((q.column for q in row.asked if q.final), default=-1)
+        begin = 1 + max((q.column for q in row.asked if q.final and q.column < question.column), default=-1)
         answer = row.ids[max(begin, question.column + 1 - _ANSWER) : question.column + 1]
         text = self._tokenizer.decode(answer).rstrip().casefold() if on else ""
         said = [entity for entity, fact in on.items() if text.endswith(self._targets[fact])]

@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager
 import torch
 
 from .base import Base
-from .errors import PackFormatError
+from .errors import MergeError, PackFormatError
 from .facts import Fact
 from .gate import Gate, PromptEnd, gate_block, read_queries
 from .gate_training import train_gate
 from .mentions import Routing
 
-__all__ = ["GATE", "fit_routing", "gate_names", "kept_routing", "load_routing", "validate_routing"]
+__all__ = ["GATE", "fit_routing", "gate_names", "joined_routing", "kept_routing", "load_routing", "validate_routing"]
 
 GATE = "gate."  # what the names of its tensors begin with
 _KEYS = GATE + "keys"
@@ -55,6 +55,21 @@ def kept_routing(tensors: Mapping[str, torch.Tensor], keep: Sequence[int]) -> di
     """The gate's tensors with the facts `keep` only; empty where there is no gate."""
     own = {name: t for name, t in tensors.items() if name.startswith(GATE)}
     return own | {_KEYS: own[_KEYS][list(keep)].clone()} if own else {}
+
+
+def joined_routing(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The gate's tensors for the facts of two packs, those of the one in front; empty where neither has one.
+
+    Raises:
+        MergeError: their gates differ.
+    """
+    gates = [{name: t for name, t in tensors.items() if name.startswith(GATE)} for tensors in (one, other)]
+    shared = [{name: t for name, t in gate.items() if name != _KEYS} for gate in gates]
+    if shared[0].keys() != shared[1].keys() or not all(torch.equal(t, shared[1][name]) for name, t in shared[0].items()):
+        raise MergeError(
+            "packs with different gates can't become one; put both on the model: model.load_pack(pack, pack_name=...)"
+        )
+    return shared[0] | {_KEYS: torch.cat([gate[_KEYS] for gate in gates])} if shared[0] else {}
 
 
 def gate_names(tensors: Mapping[str, torch.Tensor]) -> set[str]:

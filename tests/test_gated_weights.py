@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,10 +81,21 @@ def test_what_the_prompt_decides_can_not_become_part_of_the_weights(model, tmp_p
         model.merge_and_unload()
     with pytest.raises(MergeError, match="without a gate"):
         model.packs["default"].export_peft(tmp_path / "lora")
-    model.edit(FACTS[1:], **GATED, pack_name="more")
+
+
+def test_packs_of_one_gate_add_up_to_that_of_all_facts_and_others_are_refused(model):
+    model.edit(SAME_SUBJECT[:2], **GATED)
+    model.edit(SAME_SUBJECT[2:], **GATED, pack_name="more")
+    assert [f.id for f in model.list_edits()] == [f.id for f in SAME_SUBJECT]
+    one, other = model.packs["default"], model.packs["more"]
+    expected = probabilities(model, SAME_SUBJECT)
+    both = one + other
+    model.rollback()
+    model.load_pack(both)
+    assert probabilities(model, SAME_SUBJECT) == pytest.approx(expected, abs=1e-4)
+    moved = {**other.tensors, "gate.threshold": other.tensors["gate.threshold"] + 0.1}
     with pytest.raises(MergeError, match="pack_name"):
-        _ = model.packs["default"] + model.packs["more"]
-    assert [f.id for f in model.list_edits()] == [f.id for f in FACTS]
+        _ = one + replace(other, fit=replace(other.fit, tensors=moved))
 
 
 def test_facts_of_one_pack_all_have_the_gate_or_none(model):
@@ -107,6 +119,9 @@ def test_a_pack_whose_settings_and_tensors_disagree_about_the_gate_is_refused(mo
     bare = type(fit)({n: t for n, t in fit.tensors.items() if not n.startswith("gate.")}, fit.modules, fit.facts)
     with pytest.raises(PackFormatError, match="gate=True and has none"):
         method.validate(bare, SteamConfig(gate=True), None)
+    empty = type(fit)({n: t for n, t in fit.tensors.items() if n.startswith("gate.")}, (), fit.facts)
+    with pytest.raises(PackFormatError, match="nothing behind it"):
+        method.validate(empty, SteamConfig(gate=True), None)
     broken = type(fit)({**fit.tensors, "gate.keys": fit.tensors["gate.keys"][:1]}, fit.modules, fit.facts)
     with pytest.raises(PackFormatError, match="keys"):
         method.validate(broken, SteamConfig(gate=True), None)

@@ -12,12 +12,12 @@ from torch import nn
 
 from ...answers import score_targets
 from ...base import Base
-from ...errors import MergeError, PackFormatError
+from ...errors import PackFormatError
 from ...facts import Fact, fold
 from ...layout import Layout, weight_shape, write_scale
 from ...mentions import MentionAttachment
 from ...positions import encode, fact_text
-from ...routing import GATE, fit_routing, gate_names, kept_routing, load_routing, validate_routing
+from ...routing import GATE, fit_routing, gate_names, joined_routing, kept_routing, load_routing, validate_routing
 from ...scope import Entities
 from ...statistics import KeyStatistics, open_statistics
 from ...suffix import frozen
@@ -132,15 +132,12 @@ class Steam:
         """Both edits in one: their changes add up.
 
         Raises:
-            MergeError: they have gates, each of its own training.
+            MergeError: they have different gates.
         """
-        if any(name.startswith(GATE) for name in {*one.tensors, *other.tensors}):
-            raise MergeError(
-                "packs with gates can't become one, as each gate was trained for its own; put both on the model: "
-                "model.load_pack(pack, pack_name=...)"
-            )
-        tensors = _appended(one.tensors, {m: _update(other, m) for m in other.modules})
-        return Fit(tensors, tuple(sorted({*one.modules, *other.modules})), (*one.facts, *other.facts))
+        gate = joined_routing(one.tensors, other.tensors)
+        own = {name: t for name, t in one.tensors.items() if name not in gate}
+        tensors = _appended(own, {m: _update(other, m) for m in other.modules}, _PARTS[:2] if gate else _PARTS)
+        return Fit(tensors | gate, tuple(sorted({*one.modules, *other.modules})), (*one.facts, *other.facts))
 
     def validate(self, fit: Fit, config: SteamConfig, base: Base | None) -> None:
         """See `hf_edit.methods.Method.validate`."""
@@ -160,8 +157,10 @@ class Steam:
                 raise PackFormatError(f"the factors of {module} must be float32 matrices")
             if any(size != count for size in (left.shape[1], right.shape[0], *(n for g in gram for n in g.shape))):
                 raise PackFormatError(f"the factors of {module} are not for {count} facts")
-        hidden = fit.tensors[f"{fit.modules[0]}.left"].shape[0] if of_gate else 0
-        validate_routing(fit.tensors, count, hidden)
+        if of_gate and not fit.modules:
+            raise PackFormatError("the pack has a gate and nothing behind it")
+        if of_gate:
+            validate_routing(fit.tensors, count, fit.tensors[f"{fit.modules[0]}.left"].shape[0])
         if base is not None:
             check_changes(self.factors(fit), base, config.edit_module)
 
@@ -368,8 +367,9 @@ def _chosen(fit: Fit, keep: Sequence[int]) -> dict[str, torch.Tensor]:
 
 
 def _update(fit: Fit, module: str) -> Update:
-    left, right, gram = (fit.tensors[f"{module}.{part}"] for part in _PARTS)
-    return Update(Factors(left, right), gram)
+    left, right = (fit.tensors[f"{module}.{part}"] for part in _PARTS[:2])
+    alone = torch.zeros(1, 1).expand(len(right), len(right))  # behind a gate
+    return Update(Factors(left, right), fit.tensors.get(f"{module}.gram", alone))
 
 
 def _appended(
