@@ -17,7 +17,8 @@ from .mentions import Routing
 __all__ = ["GATE", "fit_routing", "gate_names", "joined_routing", "kept_routing", "load_routing", "validate_routing"]
 
 GATE = "gate."  # what the names of its tensors begin with
-_KEYS = GATE + "keys"
+_MANY_BLOCKS = 1 << 16
+_KEYS, _BLOCK = GATE + "keys", GATE + "block"
 
 
 def fit_routing(
@@ -38,9 +39,9 @@ def fit_routing(
         clean: gives a context in which the model is free of edits: there the gate is trained, because its training is kept.
         highest: the last block that the gate may read, for edits that are made behind it in the same run.
     """
-    read_at = gate_block(base.layout(), highest)
     gate = Gate.from_tensors(previous, GATE)
     known = previous[_KEYS] if gate is not None else None
+    read_at = gate_block(base.layout(), highest) if gate is None else int(previous[_BLOCK])
     if gate is None:
         with clean():
             gate = train_gate(base, read_at, seed=seed, progress=progress)
@@ -48,7 +49,8 @@ def fit_routing(
     end = PromptEnd(base.tokenizer)
     rows = [base.tokenizer(f.question)["input_ids"] for f in new]
     keys = gate.project(read_queries(base, read_at, rows, [end(row) for row in rows]).cpu())
-    return gate.tensors(GATE) | {_KEYS: keys if known is None else torch.cat([known, keys])}
+    keys = keys if known is None else torch.cat([known, keys])
+    return gate.tensors(GATE) | {_KEYS: keys, _BLOCK: torch.tensor([float(read_at)])}
 
 
 def kept_routing(tensors: Mapping[str, torch.Tensor], keep: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -77,29 +79,32 @@ def gate_names(tensors: Mapping[str, torch.Tensor]) -> set[str]:
     return {name for name in tensors if name.startswith(GATE)}
 
 
-def validate_routing(tensors: Mapping[str, torch.Tensor], facts: int, hidden: int) -> None:
+def validate_routing(tensors: Mapping[str, torch.Tensor], facts: int, hidden: int, base: Base | None) -> None:
     """Check the gate's tensors, where a pack has any.
 
     Raises:
-        PackFormatError: they are no gate for this many facts and this width of the model.
+        PackFormatError: they are no gate for this many facts and this width of the model, or read no block of it.
     """
     found = gate_names(tensors)
     if not found:
         return
     gate = Gate.from_tensors(tensors, GATE, hidden)
     keys = tensors.get(_KEYS)
-    if gate is None or keys is None or found != {*gate.tensors(GATE), _KEYS}:
+    if gate is None or keys is None or found != {*gate.tensors(GATE), _KEYS, _BLOCK}:
         raise PackFormatError(f"the pack's gate is incomplete, or has more than a gate has: {', '.join(sorted(found))[:300]}")
     if keys.shape != (facts, gate.projection.shape[1]) or keys.dtype != torch.float32 or not bool(keys.isfinite().all()):
         raise PackFormatError(
             f"the pack's gate needs a finite float32 matrix of {facts} keys by {gate.projection.shape[1]}, "
             f"not {keys.dtype} {list(keys.shape)}"
         )
+    block, blocks = tensors[_BLOCK], _MANY_BLOCKS if base is None else len(base.layout())
+    if block.shape != (1,) or block.dtype != torch.float32 or float(block) not in range(blocks):
+        raise PackFormatError(f"the pack's gate reads no block of the model: {block.dtype} {list(block.shape)}")
 
 
-def load_routing(base: Base, tensors: Mapping[str, torch.Tensor], highest: int | None = None) -> Routing | None:
-    """The gate of a pack, ready to use; None where it has none. `highest` as in `fit_routing`."""
+def load_routing(base: Base, tensors: Mapping[str, torch.Tensor]) -> Routing | None:
+    """The gate of a pack, ready to use; None where it has none."""
     gate = Gate.from_tensors(tensors, GATE)
     if gate is None:
         return None
-    return Routing(gate.to(base.device), tensors[_KEYS].to(base.device), gate_block(base.layout(), highest))
+    return Routing(gate.to(base.device), tensors[_KEYS].to(base.device), int(tensors[_BLOCK]))

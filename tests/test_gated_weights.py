@@ -122,6 +122,10 @@ def test_a_pack_whose_settings_and_tensors_disagree_about_the_gate_is_refused(mo
     empty = type(fit)({n: t for n, t in fit.tensors.items() if n.startswith("gate.")}, (), fit.facts)
     with pytest.raises(PackFormatError, match="nothing behind it"):
         method.validate(empty, SteamConfig(gate=True), None)
+    for block in (6.0, 0.5, -1.0, float("nan")):
+        beyond = type(fit)({**fit.tensors, "gate.block": torch.tensor([block])}, fit.modules, fit.facts)
+        with pytest.raises(PackFormatError, match="no block"):
+            method.validate(beyond, SteamConfig(gate=True), model._base)
     broken = type(fit)({**fit.tensors, "gate.keys": fit.tensors["gate.keys"][:1]}, fit.modules, fit.facts)
     with pytest.raises(PackFormatError, match="keys"):
         method.validate(broken, SteamConfig(gate=True), None)

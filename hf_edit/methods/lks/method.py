@@ -111,7 +111,7 @@ class LKS:
             raise PackFormatError("the pack's generator divides by deviations that are not above zero")
         if codes.shape[1] != generator.code_size:
             raise PackFormatError(f"the pack's codes have {codes.shape[1]} numbers, its generator reads {generator.code_size}")
-        validate_routing(fit.tensors, len(fit.facts), generator.hidden)
+        validate_routing(fit.tensors, len(fit.facts), generator.hidden, base)
         if (short := _single_letter(fit.facts)) is not None:
             raise PackFormatError(f"the name {short!r} is a single letter and would be found everywhere")
         if base is not None:
@@ -130,7 +130,7 @@ class LKS:
         codes, block = fit.tensors[_CODES].to(base.device), _block_of(fit.modules[0])
         effects = {base.layout().blocks[block]: Rewriting(generator, codes)}
         entities = Entities.of(fit.facts, config.fuzzy)
-        return MentionAttachment(base, entities, effects, load_routing(base, fit.tensors, highest=block))
+        return MentionAttachment(base, entities, effects, load_routing(base, fit.tensors))
 
 
 def _single_letter(facts: Sequence[Fact]) -> str | None:

@@ -160,7 +160,7 @@ class Steam:
         if of_gate and not fit.modules:
             raise PackFormatError("the pack has a gate and nothing behind it")
         if of_gate:
-            validate_routing(fit.tensors, count, fit.tensors[f"{fit.modules[0]}.left"].shape[0])
+            validate_routing(fit.tensors, count, fit.tensors[f"{fit.modules[0]}.left"].shape[0], base)
         if base is not None:
             check_changes(self.factors(fit), base, config.edit_module)
 
