@@ -58,12 +58,12 @@ def test_facts_join_and_leave_a_pack_and_the_others_stay_bit_for_bit(model):
     first = model.packs["default"]
     model.edit(SAME_SUBJECT[2:], **GATED)
     assert [f.id for f in model.list_edits()] == [f.id for f in SAME_SUBJECT]
-    now = probabilities(model, SAME_SUBJECT)
+    now = probabilities(model, SAME_SUBJECT[:2])
     model.remove_edits([f.id for f in SAME_SUBJECT[2:]])
     left = model.packs["default"]
     assert left.tensors.keys() == first.tensors.keys()
     assert all(torch.equal(t, first.tensors[name]) for name, t in left.tensors.items())
-    assert probabilities(model, SAME_SUBJECT[:2]) == now[:2]
+    assert probabilities(model, SAME_SUBJECT[:2]) == pytest.approx(now, abs=1e-5)
 
 
 def test_a_pack_brings_its_gate_and_answers_the_same_when_loaded(model, tokenizer, tmp_path):
