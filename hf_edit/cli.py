@@ -101,8 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_source(merge)
 
-    push = _command(commands, "push", _push, "share a pack, or key statistics, on the Hub: one commit, no base weights")
-    push.add_argument("folder", metavar="PACK", type=Path, help="folder of a pack, or of key statistics")
+    push = _command(
+        commands, "push", _push, "share a pack, an LKS editor, or key statistics on the Hub: one commit, no base weights"
+    )
+    push.add_argument("folder", metavar="PACK", type=Path, help="folder of a pack, an editor, or key statistics")
     push.add_argument("repo_id", metavar="REPO", help="USER/NAME, or NAME for your own; made where there is none")
     push.add_argument("--private", action="store_true", default=None, help="make the repo private, where it is made")
     push.add_argument("--revision", metavar="BRANCH", help="the branch to push to (default: main)")
@@ -245,11 +247,16 @@ def _push(options: argparse.Namespace) -> None:
     if not options.folder.is_dir():
         raise FileNotFoundError(f"there is no folder {options.folder}")
     from .hub import PushToHub
+    from .methods.lks import LKSEditor
     from .share import PackFolder
     from .statistics import KeyStatistics
 
-    statistics = (options.folder / "key_statistics.json").exists()
-    shared: PushToHub = KeyStatistics.from_pretrained(options.folder) if statistics else PackFolder(options.folder)
+    kinds: dict[str, Callable[[Path], PushToHub]] = {
+        "key_statistics.json": KeyStatistics.from_pretrained,
+        "editor_config.json": LKSEditor.from_pretrained,
+    }
+    kind = next((kind for file, kind in kinds.items() if (options.folder / file).exists()), PackFolder)
+    shared = kind(options.folder)
     names = ("private", "revision", "create_pr", "commit_message", "commit_description", "tags", "token")
     commit = shared.push_to_hub(options.repo_id, **{name: getattr(options, name) for name in names})
     found = {"repo_id": commit.repo_url.repo_id, "commit": commit.oid, "url": commit.commit_url, "pull_request": commit.pr_url}

@@ -27,6 +27,7 @@ from hf_edit import (
     PackFormatError,
     PackSecurityError,
 )
+from hf_edit.cli import main
 from hf_edit.methods.lks.editor import CONFIG_FILE, TENSORS_FILE
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the client, towards its own transport
@@ -94,6 +95,13 @@ def test_an_editor_is_loaded_by_revision_with_a_token_and_from_the_cache(hub, ed
     assert _same(LKSEditor.from_pretrained("me/editor", revision=first, token=hub.token("me")), editor)
     hub.stop()
     assert _same(LKSEditor.from_pretrained("me/editor", revision=first, local_files_only=True), editor)
+
+
+def test_the_command_line_pushes_an_editor(hub, editor, tmp_path, capsys):
+    editor.save_pretrained(tmp_path / "mine")
+    assert main(["push", str(tmp_path / "mine"), "me/pushed", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["commit"] == hub.repos["me/pushed"].at("main").sha
+    assert _same(LKSEditor.from_pretrained("me/pushed"), editor)
 
 
 def test_a_repo_without_an_editor_is_told(hub):
