@@ -2,7 +2,8 @@
 
 An edit that is kept beside the weights can be switched by the prompt as a whole. A middle block's state at the last token of
 the prompt's content holds what is asked; a learned projection of it, standardised, is compared by its cosine with the same
-projection of the state behind the fact's own prompt. The decision is hard: at or above the threshold the fact is on.
+projection of the state behind the fact's own prompt. The words of both are compared too (`hf_edit.wording`), which tell apart
+what asks for the same kind of thing. The decision is hard: where the score reaches the threshold the fact is on.
 
 The gate is trained beforehand, on wordings of many relations that come with the package (see `hf_edit.gate_training`), so it
 also serves a single fact.
@@ -21,11 +22,23 @@ from .base import Base
 from .errors import PackFormatError
 from .layout import Layout
 from .suffix import read_keys_and_states
+from .wording import SENTENCE_END, Words, word_weights
 
-__all__ = ["Gate", "PromptEnd", "asks_about_another", "gate_block", "read_queries"]
+__all__ = ["Gate", "PromptEnd", "asks_about_another", "embedding_size", "gate_block", "read_queries"]
 
 _DEPTH = 0.45
-_TENSORS = ("mean", "std", "projection", "threshold")
+_SHAPES = {  # by letters, each of which stands for one size
+    "mean": "h",
+    "std": "h",
+    "projection": "hs",
+    "word_projection": "ew",
+    "word_offset": "w",
+    "word_weight": "e",
+    "word_bias": "1",
+    "head": "4",
+    "threshold": "1",
+}
+_MOST = 4096  # directions of a projection
 
 
 @dataclass(frozen=True)
@@ -35,12 +48,20 @@ class Gate:
     Attributes:
         mean, std: float32 [hidden], of the states.
         projection: float32 [hidden, size].
-        threshold: float32 scalar tensor; a cosine at or above it means that both ask the same.
+        word_projection, word_offset: float32 [embedding, word size] and [word size], of a word's embedding.
+        word_weight, word_bias: float32 [embedding] and [1], of how much a word says.
+        head: float32 [4], what the cosine of the states counts, what either prompt's words found in the other, a constant.
+        threshold: float32 [1]; a score that reaches it means that both ask the same.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
     projection: torch.Tensor
+    word_projection: torch.Tensor
+    word_offset: torch.Tensor
+    word_weight: torch.Tensor
+    word_bias: torch.Tensor
+    head: torch.Tensor
     threshold: torch.Tensor
 
     def project(self, states: torch.Tensor) -> torch.Tensor:
@@ -48,63 +69,78 @@ class Gate:
         standard = (states.to(self.projection) - self.mean) / self.std
         return torch.nn.functional.normalize(standard @ self.projection, dim=-1)
 
-    @property
-    def sure(self) -> torch.Tensor:
-        """The cosine from which on a text that was not written as a question is taken to ask for a fact: halfway to 1."""
-        return (1 + self.threshold) / 2
-
-    def choose(self, query: torch.Tensor, keys: torch.Tensor) -> int:
-        """Which of some facts is asked for.
+    def words(self, embeddings: torch.Tensor, there: torch.Tensor) -> Words:
+        """Words to compare.
 
         Args:
-            query: [size], the prompt's `project`ed state.
-            keys: [facts, size], the facts'.
-
-        Returns:
-            The index of the fact that is nearest, or -1 where none reaches the threshold.
+            embeddings: [questions, words, embedding].
+            there: bool [questions, words], where there is a word.
         """
-        near = keys @ query
-        best = int(near.argmax())
-        return best if bool(near[best] >= self.threshold) else -1
+        embeddings, there = embeddings.to(self.word_projection), there.to(self.word_projection)
+        vectors = torch.nn.functional.normalize(embeddings @ self.word_projection + self.word_offset, dim=-1)
+        return Words(vectors, word_weights(embeddings @ self.word_weight + self.word_bias) * there)
+
+    def scores(self, cosines: torch.Tensor, agreement: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """How much pairs of prompts ask the same, [pairs]: log-odds, before a threshold is taken.
+
+        Args:
+            cosines: [pairs], of the `project`ed states.
+            agreement: of the words, see `hf_edit.wording.agreement`.
+        """
+        return self.head[0] * cosines + self.head[1] * agreement[0] + self.head[2] * agreement[1] + self.head[3]
+
+    @property
+    def sure(self) -> torch.Tensor:
+        """The score from which on a text that was not written as a question is taken to ask for a fact: halfway from the
+        threshold to what a prompt scores with itself."""
+        return (self.threshold + self.head.sum()) / 2
 
     def to(self, device: torch.device) -> Gate:
         """The same gate on a device."""
-        return Gate(*(getattr(self, name).to(device) for name in _TENSORS))
+        return Gate(**{name: getattr(self, name).to(device) for name in _SHAPES})
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """The gate's tensors by name, to keep in a pack."""
-        found = {prefix + name: getattr(self, name).detach().float().cpu().clone() for name in _TENSORS}
-        return {name: t if t.dim() else t[None] for name, t in found.items()}
+        return {prefix + name: getattr(self, name).detach().float().cpu().clone() for name in _SHAPES}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], prefix: str, hidden: int | None = None) -> Gate | None:
+    def from_tensors(
+        cls, tensors: Mapping[str, torch.Tensor], prefix: str, hidden: int | None = None, embedding: int | None = None
+    ) -> Gate | None:
         """The gate among a pack's tensors, checked; None where there is none.
 
         Args:
-            hidden: width of the model, where it is known.
+            hidden, embedding: widths of the model and of its embeddings, where they are known.
 
         Raises:
             PackFormatError: tensors are missing, of the wrong shape or type, or not finite.
         """
-        found = {name: tensors[prefix + name] for name in _TENSORS if prefix + name in tensors}
+        found = {name: tensors[prefix + name] for name in _SHAPES if prefix + name in tensors}
         if not found:
             return None
-        if len(found) < len(_TENSORS):
-            raise PackFormatError(f"the pack's gate has no {', '.join(n for n in _TENSORS if n not in found)}")
-        mean, std, projection, threshold = (found[name] for name in _TENSORS)
-        width = len(mean) if hidden is None and mean.dim() == 1 else hidden
-        if (
-            mean.shape != (width,)
-            or std.shape != (width,)
-            or projection.dim() != 2
-            or projection.shape[0] != width
-            or not 1 <= projection.shape[1] <= 4096
-            or threshold.shape != (1,)
+        if missing := [name for name in _SHAPES if name not in found]:
+            raise PackFormatError(f"the pack's gate has no {', '.join(missing)}")
+        sizes = {"1": 1, "4": 4} | {letter: size for letter, size in (("h", hidden), ("e", embedding)) if size is not None}
+        for name, letters in _SHAPES.items():
+            shape = tuple(found[name].shape)
+            expected = tuple(sizes.setdefault(letter, size) for letter, size in zip(letters, shape, strict=False))
+            if len(shape) != len(letters) or shape != expected:
+                raise PackFormatError(f"the pack's gate does not fit: {name} is {list(shape)}, not {list(expected)}")
+        if not all(1 <= sizes[letter] <= _MOST for letter in "sw"):
+            raise PackFormatError(
+                f"the pack's gate projects to {sizes['s']} and {sizes['w']} directions; 1 to {_MOST} are possible"
+            )
+        if any(t.dtype != torch.float32 or not bool(t.isfinite().all()) for t in found.values()) or bool(
+            (found["std"] <= 0).any()
         ):
-            raise PackFormatError(f"the pack's gate is not of the shapes [{width}], [{width}], [{width}, size] and a number")
-        if any(t.dtype != torch.float32 or not bool(t.isfinite().all()) for t in found.values()) or bool((std <= 0).any()):
             raise PackFormatError("the pack's gate holds numbers that are not finite float32, or a deviation of zero or less")
-        return cls(mean, std, projection, threshold[0])
+        return cls(**found)
+
+
+def embedding_size(base: Base) -> int:
+    """The width of the model's embeddings of tokens."""
+    module = base.model.get_input_embeddings()
+    return int(getattr(module, "embedding_dim", None) or module.weight.shape[1])
 
 
 class PromptEnd:
@@ -160,7 +196,6 @@ def _template_tails(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(sorted(tails, key=len, reverse=True))
 
 
-_SENTENCE_END = re.compile(r"[.!?。！？]['\"”’)]*\s+|\n+")
 _WORD = re.compile(r"\w+")
 _OWN_WORDS = 4  # as many words of a mention may be all that its later mentions say
 
@@ -177,11 +212,11 @@ def asks_about_another(before: str, after: str) -> bool:
         before: the text up to the end of the mention.
         after: what follows, up to the end of the prompt.
     """
-    begin = max((m.end() for m in _SENTENCE_END.finditer(after) if after[m.end() :].strip()), default=0)
+    begin = max((m.end() for m in SENTENCE_END.finditer(after) if after[m.end() :].strip()), default=0)
     if not begin:
         return False
     text = before + after
-    starts = {0, *(m.end() for m in _SENTENCE_END.finditer(text))}
+    starts = {0, *(m.end() for m in SENTENCE_END.finditer(text))}
     names = {m.group() for m in _WORD.finditer(text) if m.group()[0].isupper() and m.start() not in starts}
     own = {"I", *_WORD.findall(before)[-_OWN_WORDS:]}
     return any(word in names and word not in own for word in _WORD.findall(after[begin:]))

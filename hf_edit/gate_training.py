@@ -11,6 +11,7 @@ the subject's name. So the gate is for choosing among the facts of subjects that
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,23 +22,28 @@ from torch import nn
 
 from .base import Base, autocast, seeded
 from .cache import atomic_path, cache_folder
-from .gate import Gate, PromptEnd, read_queries
+from .gate import Gate, PromptEnd, embedding_size, read_queries
 from .progress import bar
 from .questions import AskedRelation, asked_relations, subjects
 from .references import bank_relations
 from .suffix import frozen
+from .wording import Words, agreement, asked_words, word_ids, word_weights
 
 __all__ = ["train_gate"]
 
 _PREFIX = "gate."
-_VERSION = 2  # of texts and training: another number is another entry in the cache
+_VERSION = 3  # of texts and training: another number is another entry in the cache
 _SIZE = 64
 _GROUPS = 160
 _RELATIONS = 6
 _QUERIES = 3
-_STEPS = 150
+_STEPS = 400
 _GROUPS_A_STEP = 24
-_HELD_OUT = 0.2
+_PAIRS_A_STEP = 3000
+_DROPOUT = 0.3
+_HEAD = (7.0, 9.0, 9.0, -9.0)
+_HELD_OUT = 0.1
+_QUIET = 0.97  # of other questions, on relations held out; they are harder to tell apart than facts' in the wild
 _RIDGE = 0.3
 
 _LINKS = (
@@ -76,7 +82,8 @@ class _Prompt:
 
     Attributes:
         text: as the model reads it.
-        group: the subject that it is read for.
+        subject: whom it asks about.
+        group: the subject's number.
         relation: what it asks, by number.
         near: relations of the same number are too alike to be told apart.
         plain: whether it is a prompt as a fact's own would be, which others are compared with.
@@ -84,6 +91,7 @@ class _Prompt:
     """
 
     text: str
+    subject: str
     group: int
     relation: int
     near: int
@@ -97,10 +105,16 @@ class _Read:
 
     Attributes:
         states: float32 [prompts, hidden].
+        words: int64 [prompts, words], rows of `embeddings`.
+        there: bool [prompts, words], where there is a word.
+        embeddings: float32 [known words, embedding].
         labels: int64 [prompts, 4]: group, relation, near, and whether it is plain.
     """
 
     states: torch.Tensor
+    words: torch.Tensor
+    there: torch.Tensor
+    embeddings: torch.Tensor
     labels: torch.Tensor
 
     def pairs(self, held_out: set[int] | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -127,7 +141,7 @@ class _Read:
     def without(self, relations: set[int]) -> _Read:
         """The prompts of other relations."""
         keep = torch.tensor([int(r) not in relations for r in self.labels[:, 1]])
-        return _Read(self.states[keep], self.labels[keep])
+        return replace(self, states=self.states[keep], words=self.words[keep], there=self.there[keep], labels=self.labels[keep])
 
 
 def train_gate(base: Base, block: int, *, seed: int = 0, progress: bool = False) -> Gate:
@@ -145,7 +159,7 @@ def train_gate(base: Base, block: int, *, seed: int = 0, progress: bool = False)
     """
     path = cache_folder("gates", base.fingerprint) / f"{base.tokenizer_fingerprint}-{block}-{seed}-v{_VERSION}.safetensors"
     try:
-        gate = Gate.from_tensors(load_file(path), _PREFIX, base.layout().hidden_size)
+        gate = Gate.from_tensors(load_file(path), _PREFIX, base.layout().hidden_size, embedding_size(base))
         if gate is not None:
             return gate
     except (FileNotFoundError, ValueError, SafetensorError):
@@ -161,6 +175,9 @@ def _read(base: Base, block: int, prompts: Sequence[_Prompt], progress: bool) ->
     end = PromptEnd(base.tokenizer)
     rows = [base.tokenizer(p.text, add_special_tokens=not p.chat)["input_ids"] for p in prompts]
     ends = [end(row) for row in rows]
+    ended = [base.tokenizer.decode(r[: e + 1], skip_special_tokens=True) for r, e in zip(rows, ends, strict=True)]
+    ids, there = word_ids(base.tokenizer, [_asked(t, p.subject) for t, p in zip(ended, prompts, strict=True)])
+    known, words = torch.unique(ids, return_inverse=True)
     states = []
     with bar(len(rows), "reading prompts for the gate", "prompt", progress) as shown:
         for first in range(0, len(rows), 512):
@@ -169,7 +186,13 @@ def _read(base: Base, block: int, prompts: Sequence[_Prompt], progress: bool) ->
                 states.append(read_queries(base, block, rows[part], ends[part]).cpu())
             shown.update(len(states[-1]))
     labels = torch.tensor([(p.group, p.relation, p.near, int(p.plain)) for p in prompts])
-    return _Read(torch.cat(states).float(), labels)
+    with torch.no_grad():
+        embeddings = base.model.get_input_embeddings()(known.to(base.device)).float().cpu()
+    return _Read(torch.cat(states).float(), words, there, embeddings, labels)
+
+
+def _asked(text: str, subject: str) -> str:
+    return asked_words(text, [m.span() for m in re.finditer(re.escape(subject), text)])
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -193,10 +216,17 @@ def _bank_prompts(base: Base, seed: int) -> list[_Prompt]:
 
 
 def _different(relations: Sequence[AskedRelation], kind: str, rng: random.Random) -> list[AskedRelation]:
-    """Relations that one asks of a kind, and one of another kind, no two alike."""
+    """Relations that one asks of a kind, and one of another kind, no two alike or with a wording in common."""
     own = [r for r in relations if kind in r.kinds]
     chosen = rng.sample([r for r in relations if kind not in r.kinds], 1) + rng.sample(own, min(len(own), 3 * _RELATIONS))
-    return list({r.near: r for r in chosen}.values())[:_RELATIONS]
+    found: list[AskedRelation] = []
+    taken: set[str] = set()
+    for relation in chosen:
+        wordings = {p.casefold() for p in relation.prompts}
+        if all(relation.near != other.near for other in found) and wordings.isdisjoint(taken):
+            found.append(relation)
+            taken |= wordings
+    return found[:_RELATIONS]
 
 
 class _Writer:
@@ -211,7 +241,7 @@ class _Writer:
         """A plain prompt, the same and others dressed up, and now and then one behind a mention of somebody else."""
         rng = self._rng
         chosen = rng.sample(list(wordings), min(len(wordings), 1 + _QUERIES))
-        plain = _Prompt(self._filled(chosen[0], self._subject), self._group, relation, near, plain=True)
+        plain = _Prompt(self._filled(chosen[0], self._subject), self._subject, self._group, relation, near, plain=True)
         made = [plain]
         if rng.random() < 0.5:
             made.append(self.dressed(replace(plain, plain=False), always=True))
@@ -255,12 +285,11 @@ class _Writer:
 
 
 def _fitted(read: _Read, seed: int) -> Gate:
-    """A gate on all prompts, with the threshold that does best on relations that a gate of the others has not seen."""
+    """A gate that has learned from most relations; its threshold is taken from those that it has not seen."""
     relations = sorted({int(r) for r in read.labels[:, 1]})
     held_out = set(random.Random(seed).sample(relations, round(_HELD_OUT * len(relations))))
-    trial = _descended(read.without(held_out), seed)
-    threshold = _best_threshold(trial, read, held_out)
-    return replace(_descended(read, seed), threshold=torch.tensor(threshold))
+    gate = _descended(read.without(held_out), seed)
+    return replace(gate, threshold=torch.tensor([_threshold(gate, read, held_out)]))
 
 
 def _discriminant(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -285,34 +314,88 @@ def _means(x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     return x.new_zeros(len(count), x.shape[1]).index_add(0, number, x) / count.clamp(min=1)[:, None]
 
 
+def _standard(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of the columns; a dimension that hardly varies is not blown up."""
+    return x.mean(0), x.std(0).clamp(min=1e-3 * float(x.std()))
+
+
+class _Learner(nn.Module):
+    """A gate while it learns, on standardised states and embeddings; it begins with the discriminant of the states, the
+    principal directions of the embeddings, and all words alike."""
+
+    def __init__(self, read: _Read) -> None:
+        super().__init__()
+        self._read = read
+        self._mean, self._std = _standard(read.states)
+        self._word_mean, self._word_std = _standard(read.embeddings)
+        self._x = (read.states - self._mean) / self._std
+        self._e = (read.embeddings - self._word_mean) / self._word_std
+        start = _discriminant(self._x, read.labels)
+        self.projection = nn.Parameter(start * (8 / start.norm()))
+        self.word_projection = nn.Parameter(torch.linalg.svd(self._e, full_matrices=False).Vh[:_SIZE].T.clone())
+        self.word_weight = nn.Parameter(torch.zeros(self._e.shape[1]))
+        self.word_bias = nn.Parameter(torch.tensor([0.5]))
+        self.head = nn.Parameter(torch.tensor(_HEAD))
+
+    def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Scores of pairs of prompts, by their indices."""
+        used, at = torch.unique(torch.cat([one, other]), return_inverse=True)
+        z = nn.functional.normalize(nn.functional.dropout(self._x[used], _DROPOUT) @ self.projection, dim=-1)
+        words = self._words(used)
+        a, b = at[: len(one)], at[len(one) :]
+        forth, back = agreement(words[a], words[b])
+        return self.head @ torch.stack([(z[a] * z[b]).sum(-1), forth, back, torch.ones(len(a))])
+
+    def _words(self, prompts: torch.Tensor) -> Words:
+        known, at = torch.unique(self._read.words[prompts], return_inverse=True)
+        e = self._e[known]
+        vectors = nn.functional.normalize(nn.functional.dropout(e, _DROPOUT) @ self.word_projection, dim=-1)
+        weights = word_weights(e @ self.word_weight + self.word_bias)
+        return Words(vectors[at], weights[at] * self._read.there[prompts])
+
+    def gate(self) -> Gate:
+        """What was learned, for states and embeddings as they are."""
+        scaled, weight = (
+            p.detach() / self._word_std.reshape(-1, *[1] * (p.dim() - 1)) for p in (self.word_projection, self.word_weight)
+        )
+        return Gate(
+            mean=self._mean,
+            std=self._std,
+            projection=self.projection.detach(),
+            word_projection=scaled,
+            word_offset=-(self._word_mean @ scaled),
+            word_weight=weight,
+            word_bias=self.word_bias.detach() - self._word_mean @ weight,
+            head=self.head.detach(),
+            threshold=torch.zeros(1),
+        )
+
+
 def _descended(read: _Read, seed: int) -> Gate:
-    """Mean, deviation and projection: the discriminant, improved by the logistic loss on pairs, those that ask the same and
-    those that don't weighing alike."""
+    """A gate that has learned by the logistic loss on pairs, those that ask the same and those that don't weighing alike."""
     generator = torch.Generator().manual_seed(seed)
-    mean, std = read.states.mean(0), read.states.std(0)
-    std = std.clamp(min=1e-3 * float(read.states.std()))
-    x = (read.states - mean) / std
-    start = _discriminant(x, read.labels)
-    projection = nn.Parameter(start * (8 / start.norm()))
-    head = nn.Parameter(torch.tensor([10.0, 0.3]))  # slope and middle of the logistic
-    decayed = [{"params": [projection], "weight_decay": 0.05}, {"params": [head], "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(decayed, lr=1e-3)
+    learner = _Learner(read)
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": [learner.projection], "weight_decay": 0.05, "lr": 1e-3},
+            {"params": [learner.word_projection], "weight_decay": 0.05, "lr": 3e-3},
+            {"params": [learner.word_weight, learner.word_bias], "weight_decay": 0.0, "lr": 3e-3},
+            {"params": [learner.head], "weight_decay": 0.0, "lr": 0.05},
+        ]
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _STEPS)
     anchors, queries, same = read.pairs()
     batches = _batches(read.labels[anchors, 0], generator)
     for _ in range(_STEPS):
         chosen = next(batches)
-        used, where = torch.unique(torch.cat([anchors[chosen], queries[chosen]]), return_inverse=True)
-        z = nn.functional.normalize(nn.functional.dropout(x[used], 0.3) @ projection, dim=-1)
-        cosines = (z[where[: len(chosen)]] * z[where[len(chosen) :]]).sum(-1)
-        logits = head[0] * (cosines - head[1])
-        yes = same[chosen]
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)[:_PAIRS_A_STEP]]
+        logits, yes = learner(anchors[chosen], queries[chosen]), same[chosen]
         loss = nn.functional.softplus(-logits[yes]).mean() + nn.functional.softplus(logits[~yes]).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
-    return Gate(mean, std, projection.detach(), head.detach()[1].clone())
+    return learner.gate()
 
 
 def _batches(groups: torch.Tensor, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -326,13 +409,16 @@ def _batches(groups: torch.Tensor, generator: torch.Generator) -> Iterator[torch
             yield torch.cat([pieces[i] for i in shuffled[first : first + _GROUPS_A_STEP]])
 
 
-def _best_threshold(gate: Gate, read: _Read, held_out: set[int]) -> float:
-    """Where the shares of pairs that fire and that stay quiet, as they should, are largest together."""
+def _threshold(gate: Gate, read: _Read, held_out: set[int]) -> float:
+    """The threshold at which other questions stay quiet, but for a few."""
     anchors, queries, same = read.pairs(held_out)
-    vectors = gate.project(read.states)
-    cosines, order = (vectors[anchors] * vectors[queries]).sum(-1).sort()
-    fires = same[order].float()
-    quiet = 1 - fires
-    right = quiet.cumsum(0) / quiet.sum() + (fires.sum() - fires.cumsum(0)) / fires.sum()
-    best = int(right.argmax())
-    return float(cosines[best : best + 2].mean())
+    return float(_scores(gate, read, anchors, queries)[~same].quantile(_QUIET))
+
+
+def _scores(gate: Gate, read: _Read, anchors: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """Scores of pairs of prompts, by their indices."""
+    vectors, found = gate.project(read.states), []
+    for a, q in zip(anchors.split(4096), queries.split(4096), strict=True):
+        words = [gate.words(read.embeddings[read.words[i]], read.there[i]) for i in (a, q)]
+        found.append(gate.scores((vectors[a] * vectors[q]).sum(-1), agreement(*words)))
+    return torch.cat(found)

@@ -21,30 +21,18 @@ from torch import nn
 
 from .asked import asking
 from .base import Base
-from .gate import Gate, PromptEnd, asks_about_another
+from .gate import PromptEnd, asks_about_another
+from .routing import Routing
 from .scope import Entities, mentions_in_tokens
 from .suffix import hidden_of
+from .wording import asked_words
 
-__all__ = ["Effect", "MentionAttachment", "Points", "Routing"]
+__all__ = ["Effect", "MentionAttachment", "Points"]
 
 _KEPT = "_hf_edit_rows"  # where a cache says, for each edit, what was done to the tokens that it holds
 _NONE = -1
+_WINDOW = 96  # tokens of a question that are looked at: two sentences
 _ANSWER = 64  # tokens of an answer that are looked at, more than any target has
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Which fact of an entity a prompt asks for.
-
-    Attributes:
-        gate: on the model's device.
-        keys: [facts, size], `Gate.project` of the state behind each fact's own prompt.
-        block: the block whose output the gate reads. Where the edit acts below it, a prompt that asks for a fact runs twice.
-    """
-
-    gate: Gate
-    keys: torch.Tensor
-    block: int
 
 
 @dataclass(frozen=True)
@@ -344,7 +332,7 @@ class MentionAttachment:
         plan = self._now.plan
         if plan is None or self._routing is None or (self._now.again and not plan.clouded):
             return
-        gate, keys = self._routing.gate, self._routing.keys
+        gate = self._routing.gate
         questions = plan.clouded or [q for q in plan.questions if any(c <= q.column for c, _ in plan.rows[q.row].mentions)]
         if plan.points is not None:  # the edit acts below the gate, and may have acted before this question came
             plan.clouded = [q for q in questions if q.final and any(c <= q.column for c in plan.rows[q.row].applied)]
@@ -364,12 +352,16 @@ class MentionAttachment:
                 continue
             facts = [f for e in entities for f in self._facts[e]]
             owner = [e for e in entities for _ in self._facts[e]]
-            near = keys[facts] @ query
+            least = gate.threshold if question.final else gate.sure
+            scores = [
+                self._routing.scores(query, self._facts[e], functools.partial(self._asked, plan, question, e), least)
+                for e in entities
+            ]
             if question.final:
                 row.events += [(question.column, e, _NONE) for e in entities]
-            least = gate.threshold if question.final else gate.sure
+            near = torch.cat(scores)
             for best in near.argsort(descending=True).tolist():
-                if not bool(near[best] >= least):
+                if bool(near[best].isneginf()):
                     break
                 if not self._about_another(plan, question, owner[best]):
                     row.events.append((question.column, owner[best], facts[best]))
@@ -386,6 +378,16 @@ class MentionAttachment:
         row.events += [(question.column, entity, _NONE) for entity in said]
         row.said += [(question.column, entity) for entity in said]
         return bool(said)
+
+    def _asked(self, plan: _Plan, question: _Question, entity: int) -> str:
+        """The words of a question, without the entity's name."""
+        row = plan.rows[question.row]
+        seen = slice(max(0, question.column + 1 - _WINDOW), question.column + 1)
+        ids = row.ids[seen]
+        if plan.mask is not None:
+            ids = [token for token, kept in zip(ids, plan.mask[question.row, seen].tolist(), strict=True) if kept]
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return asked_words(text, [(m.start, m.end) for m in self._scope.find(text) if m.entity == entity])
 
     def _about_another(self, plan: _Plan, question: _Question, entity: int) -> bool:
         """Whether the question is put about somebody who is named after the entity's last mention."""

@@ -23,8 +23,8 @@ __all__ = ["AskedRelation", "asked_relations", "other_wordings", "subjects"]
 
 _WORD = re.compile(r"\w+")
 _FUNCTION_WORD = re.compile(
-    "the|an?|is|was|are|were|be|of|in|on|at|to|by|for|from|with|what|which|who|whom|whose|where|when|how|did|does|do|has|have|had|"
-    "that|this|its?|and|or|name|named|called"
+    "the|an?|is|was|are|were|be|of|in|on|at|to|by|for|from|with|what|which|who|whom|whose|did|does|do|has|have|had|that|this|its?|"
+    "and|or"
 )
 
 
@@ -82,7 +82,7 @@ def _by_wording() -> tuple[dict[str, list[AskedRelation]], dict[frozenset[str], 
 
 
 def _content(prompt: str) -> frozenset[str]:
-    words = _WORD.findall(prompt.replace("{}", " ").casefold().replace("'s ", " "))
+    words = _WORD.findall(prompt.replace("{}", " ").casefold().replace("'s ", " ").replace("the name of", " "))
     return frozenset(word for word in words if not _FUNCTION_WORD.fullmatch(word))
 
 

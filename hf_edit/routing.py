@@ -10,11 +10,55 @@ import torch
 from .base import Base
 from .errors import MergeError, PackFormatError
 from .facts import Fact
-from .gate import Gate, PromptEnd, gate_block, read_queries
+from .gate import Gate, PromptEnd, embedding_size, gate_block, read_queries
 from .gate_training import train_gate
-from .mentions import Routing
+from .wording import Words, agreement, asked_words, word_ids
 
-__all__ = ["GATE", "fit_routing", "gate_names", "joined_routing", "kept_routing", "load_routing", "validate_routing"]
+__all__ = ["GATE", "Routing", "fit_routing", "gate_names", "joined_routing", "kept_routing", "load_routing", "validate_routing"]
+
+
+class Routing:
+    """Which fact of an entity a prompt asks for.
+
+    Args:
+        base: model and tokenizer.
+        gate: what compares prompts.
+        keys: [facts, size], `Gate.project` of the state behind each fact's own prompt.
+        prompts: the facts' own prompts, with ``{}``.
+        block: the block whose output the gate reads. Where the edit acts below it, a prompt that asks for a fact runs twice.
+    """
+
+    def __init__(self, base: Base, gate: Gate, keys: torch.Tensor, prompts: Sequence[str], block: int) -> None:
+        self.gate, self.block = gate.to(base.device), block
+        self._base, self._keys, self._prompts = base, keys.to(base.device), prompts
+        self._known: dict[tuple[int, ...], Words] = {}  # of facts that were asked for: few are
+
+    def scores(self, query: torch.Tensor, facts: Sequence[int], asked: Callable[[], str], least: torch.Tensor) -> torch.Tensor:
+        """How much a prompt asks for each of some facts, [facts], see `Gate.scores`; -inf where that is below `least`.
+
+        Args:
+            query: [size], the prompt's `Gate.project`ed state.
+            facts: their numbers.
+            asked: gives the words of the prompt's question (`hf_edit.wording.asked_words`); called only where they count.
+            least: the score that matters.
+        """
+        cosines = self._keys[list(facts)] @ query
+        most = self.gate.scores(cosines, (torch.ones_like(cosines), torch.ones_like(cosines)))
+        if bool((most < least).all()):
+            return torch.full_like(cosines, -torch.inf)
+        scores = self.gate.scores(cosines, agreement(self._words_of(tuple(facts)), self._read([asked()])))
+        return scores.masked_fill(scores < least, -torch.inf)
+
+    def _words_of(self, facts: tuple[int, ...]) -> Words:
+        if facts not in self._known:
+            self._known[facts] = self._read([asked_words(self._prompts[fact]) for fact in facts])
+        return self._known[facts]
+
+    @torch.no_grad()
+    def _read(self, questions: Sequence[str]) -> Words:
+        ids, there = (t.to(self._base.device) for t in word_ids(self._base.tokenizer, questions))
+        return self.gate.words(self._base.model.get_input_embeddings()(ids), there)
+
 
 GATE = "gate."  # what the names of its tensors begin with
 _MANY_BLOCKS = 1 << 16
@@ -88,7 +132,7 @@ def validate_routing(tensors: Mapping[str, torch.Tensor], facts: int, hidden: in
     found = gate_names(tensors)
     if not found:
         return
-    gate = Gate.from_tensors(tensors, GATE, hidden)
+    gate = Gate.from_tensors(tensors, GATE, hidden, None if base is None else embedding_size(base))
     keys = tensors.get(_KEYS)
     if gate is None or keys is None or found != {*gate.tensors(GATE), _KEYS, _BLOCK}:
         raise PackFormatError(f"the pack's gate is incomplete, or has more than a gate has: {', '.join(sorted(found))[:300]}")
@@ -102,9 +146,13 @@ def validate_routing(tensors: Mapping[str, torch.Tensor], facts: int, hidden: in
         raise PackFormatError(f"the pack's gate reads no block of the model: {block.dtype} {list(block.shape)}")
 
 
-def load_routing(base: Base, tensors: Mapping[str, torch.Tensor]) -> Routing | None:
-    """The gate of a pack, ready to use; None where it has none."""
+def load_routing(base: Base, tensors: Mapping[str, torch.Tensor], facts: Sequence[Fact]) -> Routing | None:
+    """The gate of a pack, ready to use; None where it has none.
+
+    Args:
+        facts: the pack's.
+    """
     gate = Gate.from_tensors(tensors, GATE)
     if gate is None:
         return None
-    return Routing(gate.to(base.device), tensors[_KEYS].to(base.device), int(tensors[_BLOCK]))
+    return Routing(base, gate, tensors[_KEYS], [fact.prompt for fact in facts], int(tensors[_BLOCK]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from conftest import QUICK_LKS, tiny_model
@@ -12,6 +14,7 @@ from hf_edit.base import Base
 from hf_edit.errors import PackFormatError
 from hf_edit.gate import Gate, PromptEnd, asks_about_another
 from hf_edit.questions import asked_relations, other_wordings, subjects
+from hf_edit.wording import Words, agreement, asked_words
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<s>\n{% endfor %}"
@@ -44,16 +47,24 @@ def test_it_learns_which_prompts_ask_the_same(base, quick_gate, monkeypatch):
     monkeypatch.setattr(training, "_STEPS", 120)
     with training.frozen(base.model):
         read = training._read(base, 3, training._bank_prompts(base, 0), False)
-    untrained = Gate(read.states.mean(0), read.states.std(0), torch.eye(48), torch.tensor(0.5))
+    states, embeddings = read.states, read.embeddings
+    untrained = Gate(
+        mean=states.mean(0),
+        std=states.std(0),
+        projection=torch.eye(48),
+        word_projection=torch.eye(48),
+        word_offset=-embeddings.mean(0),
+        word_weight=torch.zeros(48),
+        word_bias=torch.zeros(1),
+        head=torch.ones(4),
+        threshold=torch.zeros(1),
+    )
     anchors, queries, same = read.pairs()
     right = []
     for gate in (untrained, training._descended(read, 0)):
-        vectors = gate.project(read.states)
-        near = (vectors[anchors] * vectors[queries]).sum(-1)
-        best = max(
-            float((near[same] >= t).float().mean() + (near[~same] < t).float().mean()) / 2 for t in torch.linspace(-1, 1, 81)
-        )
-        right.append(best)
+        near = training._scores(gate, read, anchors, queries)
+        steps = torch.linspace(float(near.min()), float(near.max()), 81)
+        right.append(max(float((near[same] >= t).float().mean() + (near[~same] < t).float().mean()) / 2 for t in steps))
     assert right[1] > right[0] + 0.05
 
 
@@ -100,7 +111,17 @@ def test_a_question_about_somebody_who_is_named_later_is_told_by_its_capitals(be
 
 
 def test_a_gate_of_the_wrong_form_is_refused():
-    gate = Gate(torch.zeros(4), torch.ones(4), torch.randn(4, 2), torch.tensor(0.5))
+    gate = Gate(
+        mean=torch.zeros(4),
+        std=torch.ones(4),
+        projection=torch.randn(4, 2),
+        word_projection=torch.randn(6, 3),
+        word_offset=torch.zeros(3),
+        word_weight=torch.zeros(6),
+        word_bias=torch.zeros(1),
+        head=torch.ones(4),
+        threshold=torch.tensor([0.5]),
+    )
     good = gate.tensors("g.")
     assert Gate.from_tensors({}, "g.") is None
     assert torch.equal(Gate.from_tensors(good, "g.", 4).projection, gate.projection)
@@ -110,9 +131,16 @@ def test_a_gate_of_the_wrong_form_is_refused():
         ("projection", torch.randn(3, 2)),
         ("projection", torch.randn(4, 2).double()),
         ("threshold", torch.ones(2)),
+        ("threshold", torch.tensor(0.5)),
+        ("word_projection", torch.randn(5, 3)),
+        ("word_offset", torch.zeros(2)),
+        ("head", torch.ones(3)),
+        ("word_weight", torch.full((6,), torch.inf)),
     ):
         with pytest.raises(PackFormatError):
-            Gate.from_tensors({**good, "g." + name: tensor}, "g.", 4)
+            Gate.from_tensors({**good, "g." + name: tensor}, "g.", 4, 6)
+    with pytest.raises(PackFormatError, match="word_projection"):
+        Gate.from_tensors(good, "g.", 4, 7)
     with pytest.raises(PackFormatError, match="threshold"):
         Gate.from_tensors({k: v for k, v in good.items() if k != "g.threshold"}, "g.")
 
@@ -134,6 +162,32 @@ def test_an_edit_ships_its_gate_and_facts_of_one_subject_go_one_by_one(llama, qu
     bad = {**pack.tensors, "gate.keys": pack.tensors["gate.keys"][:2]}
     with pytest.raises(PackFormatError, match="keys"):
         llama.load_pack(EditPack(pack.method, pack.config, type(pack.fit)(bad, pack.fit.modules, pack.facts), pack.base), "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "asked"),
+    [
+        ("The capital of France is", "France", "The capital of is"),
+        ("It rained. Where was Ada born?", "Ada", "Where was born?"),
+        ("I met Ada. Where was she born?", "Ada", "I met . Where was she born?"),
+        ("I met Ada. It rained. Where was she born?", "Ada", "Where was she born?"),
+        ("What is the twin city of St. Olav? It is", "St. Olav", "What is the twin city of ? It is"),
+        ("What language is spoken there?", "Ada", "What language is spoken there?"),
+        ("", "Ada", ""),
+    ],
+)
+def test_a_question_is_known_by_the_words_of_its_sentence_without_the_name(text, name, asked):
+    assert asked_words(text, [m.span() for m in re.finditer(re.escape(name), text)]) == asked
+    assert asked_words(text.replace(name, "{}")) == asked
+
+
+def test_words_agree_fully_with_themselves_and_as_much_as_their_weights_say_with_others():
+    vectors = torch.eye(3)[None]
+    one, other = Words(vectors, torch.tensor([[1.0, 3.0, 0.0]])), Words(vectors, torch.tensor([[0.0, 1.0, 1.0]]))
+    assert [float(a) for a in agreement(one, one)] == [1.0, 1.0]
+    assert [float(a) for a in agreement(one, other)] == [0.75, 0.5]
+    nothing = Words(vectors, torch.zeros(1, 3))
+    assert [float(a) for a in agreement(one, nothing)] == [-1.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ from transformers import DynamicCache, StaticCache
 
 from hf_edit.asked import asked_at
 from hf_edit.base import Base
-from hf_edit.gate import Gate, read_queries
+from hf_edit.gate import Gate, embedding_size, read_queries
 from hf_edit.layout import weight_shape
-from hf_edit.mentions import Effect, MentionAttachment, Routing
+from hf_edit.mentions import Effect, MentionAttachment
 from hf_edit.methods.lks.attach import Rewriting
 from hf_edit.methods.lks.generator import ContextGenerator
 from hf_edit.positions import pad
+from hf_edit.routing import Routing
 from hf_edit.scope import Entities, Scope
 from hf_edit.weights.attach import ActingAlone, Factors
 
@@ -36,12 +37,23 @@ ENTITIES = Entities(Scope([["France"], ["Spain"]]), FACTS, ("Rome", "Latin", "ma
 
 
 def attached(base: Base, gate_block: int = BLOCK, kind: str = "states") -> MentionAttachment:
-    """A strong random edit, of states or of weights below the gate's block; the gate fires on the very texts of `ASKED`."""
-    size = base.layout().hidden_size
-    gate = Gate(torch.zeros(size), torch.ones(size), torch.eye(size), torch.tensor(0.9995))
+    """A strong random edit, of states or of weights below the gate's block; the gate fires on the very texts of `ASKED`, by
+    their states alone."""
+    size, embedding = base.layout().hidden_size, embedding_size(base)
+    gate = Gate(
+        mean=torch.zeros(size),
+        std=torch.ones(size),
+        projection=torch.eye(size),
+        word_projection=torch.eye(embedding),
+        word_offset=torch.zeros(embedding),
+        word_weight=torch.zeros(embedding),
+        word_bias=torch.zeros(1),
+        head=torch.tensor([1.0, 0.0, 0.0, 0.0]),
+        threshold=torch.tensor([0.9995]),
+    )
     rows = [base.tokenizer(text)["input_ids"] for text in ASKED.values()]
     keys = gate.project(read_queries(base, gate_block, rows, [len(row) - 1 for row in rows]))
-    return MentionAttachment(base, ENTITIES, effects(base, kind), Routing(gate, keys, gate_block))
+    return MentionAttachment(base, ENTITIES, effects(base, kind), Routing(base, gate, keys, list(ASKED.values()), gate_block))
 
 
 def effects(base: Base, kind: str) -> dict[torch.nn.Module, Effect]:
@@ -221,12 +233,12 @@ def test_a_question_that_the_model_itself_comes_to_ask_switches_the_fact_on(edit
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("eager", [False, True], ids=["", "gate lets everything through"])
-def test_once_the_target_has_been_said_the_clean_model_goes_on(edited, cached, eager):
+def test_once_the_target_has_been_said_the_clean_model_goes_on(edited, cached, eager, monkeypatch):
     """The model is made to say the target and one word more: up to its last token the fact is on, then it is off, whatever the
     gate says of text that does not name the subject again."""
     if eager:
         routing = edited.attachment._routing
-        edited.attachment._routing = replace(routing, gate=replace(routing.gate, threshold=torch.tensor(-3.0)))
+        monkeypatch.setattr(routing, "gate", replace(routing.gate, threshold=torch.tensor([-3.0])))
     prompt, target = ids_of(edited, CAPITAL)[0].tolist(), edited.tokenizer(" Rome is")["input_ids"]
 
     def force(input_ids, scores):

@@ -9,6 +9,8 @@ same subject), of which `--rows` are measured:
   behind another fact's sentence; with another subject named in front of it;
 - quiet: prompts for which it has to stay off. The other question about the subject, bare, in the chat template and behind
   another fact's sentence; and the fact's own prompt asked about another subject that is named beside this one;
+- area: under the curve of paraphrases against other questions, both bare; *quiet at 97*: the share of other questions that are
+  quiet at the threshold that 97 % of paraphrases reach;
 - routed: the subject gets two more facts, whose prompts are other rows'; the share of paraphrases that switch on the right one.
 
 The gate is trained on the package's own wordings, at each of `--blocks`. `new` counts only the rows whose paraphrase is no
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -39,6 +42,7 @@ from hf_edit.gate import Gate, PromptEnd, asks_about_another, gate_block, read_q
 from hf_edit.gate_training import train_gate
 from hf_edit.questions import asked_relations
 from hf_edit.suffix import frozen
+from hf_edit.wording import agreement, asked_words, word_ids
 
 FIRES = ("paraphrase", "in chat", "behind text", "other named")
 QUIET = ("other question", "in chat", "behind text", "other asked")
@@ -76,9 +80,15 @@ class Questions:
             texts[f"beside {number}"] = [filled(p, f.subject) for p, f in zip(chosen, facts, strict=True)]
         end = PromptEnd(base.tokenizer)
         self.states: dict[str, torch.Tensor] = {}
+        self.words: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for kind, those in texts.items():
             rows = [base.tokenizer(t, add_special_tokens=not kind.endswith("chat"))["input_ids"] for t in those]
-            self.states[kind] = read_queries(base, block, rows, [end(row) for row in rows]).cpu()
+            ends = [end(row) for row in rows]
+            self.states[kind] = read_queries(base, block, rows, ends).cpu()
+            read = [base.tokenizer.decode(row[: e + 1], skip_special_tokens=True) for row, e in zip(rows, ends, strict=True)]
+            asked_for = [asked_words(t, spans(t, f.subject)) for t, f in zip(read, facts, strict=True)]
+            ids, there = word_ids(base.tokenizer, asked_for)
+            self.words[kind] = (base.model.get_input_embeddings()(ids.to(base.device)).detach().cpu(), there)
         known = {p.casefold() for relation in asked_relations() for p in relation.prompts}
         self.another = {
             kind: torch.tensor([later(t, f.subject) for t, f in zip(those, facts, strict=True)])
@@ -89,7 +99,12 @@ class Questions:
     def scores(self, gate: Gate) -> dict[str, float]:
         """Shares in %."""
         vectors = {kind: gate.project(states) for kind, states in self.states.items()}
-        near = {kind: (v * vectors["own"]).sum(-1) for kind, v in vectors.items()}
+        words = {kind: gate.words(*found) for kind, found in self.words.items()}
+
+        def near_to(kind: str, other: str) -> torch.Tensor:
+            return gate.scores((vectors[kind] * vectors[other]).sum(-1), agreement(words[other], words[kind]))
+
+        near = {kind: near_to(kind, "own") for kind in vectors}
         fires = {kind: (near[kind] >= gate.threshold) & ~self.another[kind] for kind in near}
         row = {}
         for name, kind in zip(FIRES, ("fires", "fires chat", "fires behind", "fires named"), strict=True):
@@ -97,9 +112,17 @@ class Questions:
         row["fires: new"] = fires["fires"][self.new].float().mean()
         for name, kind in zip(QUIET, ("quiet", "quiet chat", "quiet behind", "quiet named"), strict=True):
             row[f"quiet: {name}"] = (~fires[kind]).float().mean()
-        beside = torch.stack([(vectors["fires"] * vectors[f"beside {n}"]).sum(-1) for n in range(2)]).amax(0)
+        beside = torch.stack([near_to("fires", f"beside {n}") for n in range(2)]).amax(0)
+        asked, other = near["fires"], near["quiet"]
+        row["area"] = (asked[:, None] > other).float().mean() + (asked[:, None] == other).float().mean() / 2
+        row["quiet at 97"] = (other < asked.quantile(0.03)).float().mean()
         row["routed"] = (fires["fires"] & (near["fires"] > beside)).float().mean()
         return {name: 100 * float(value) for name, value in row.items()}
+
+
+def spans(text: str, subject: str) -> list[tuple[int, int]]:
+    """Where a text mentions the subject."""
+    return [m.span() for m in re.finditer(re.escape(subject.casefold()), text.casefold())]
 
 
 def later(text: str, subject: str) -> bool:

@@ -130,7 +130,7 @@ class LKS:
         codes, block = fit.tensors[_CODES].to(base.device), _block_of(fit.modules[0])
         effects = {base.layout().blocks[block]: Rewriting(generator, codes)}
         entities = Entities.of(fit.facts, config.fuzzy)
-        return MentionAttachment(base, entities, effects, load_routing(base, fit.tensors))
+        return MentionAttachment(base, entities, effects, load_routing(base, fit.tensors, fit.facts))
 
 
 def _single_letter(facts: Sequence[Fact]) -> str | None:

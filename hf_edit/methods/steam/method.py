@@ -173,7 +173,7 @@ class Steam:
         if config.gate:
             modules: dict[str, nn.Module] = {name: base.model.get_submodule(name) for name in fit.modules}
             effects = {modules[name]: ActingAlone(change) for name, change in self.factors(fit).items()}
-            return MentionAttachment(base, Entities.of(fit.facts), effects, load_routing(base, fit.tensors))
+            return MentionAttachment(base, Entities.of(fit.facts), effects, load_routing(base, fit.tensors, fit.facts))
         return WeightAttachment(base.model, self.factors(fit))
 
 
