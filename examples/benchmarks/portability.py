@@ -360,7 +360,7 @@ def main() -> None:
     parser.add_argument("--clamp", type=float, default=3.0, help="|delta| at most, relative to the stream (default: 3)")
     parser.add_argument("--anchor-weight", type=float, default=4.0)
     parser.add_argument("--anchor-ratio", type=float, help="the gradient's ratio, in the weight's place")
-    parser.add_argument("--anchor-blocks", type=int, nargs="+", help="by default the last third without the last block")
+    parser.add_argument("--anchor-blocks", type=int, nargs="+", help="by default the middle third, above the edited block")
     parser.add_argument("--raw", action="store_true", help="align without taking off the mean state")
     parser.add_argument("--sweep", action="store_true", help="settings of the alignment instead of the comparison")
     parser.add_argument("--json", type=Path, help="write everything here, each fact's scores too")

@@ -106,8 +106,7 @@ class SteamConfig(EditConfig):
     )
     anchor_blocks: tuple[int, ...] | str | None = setting(
         None,
-        "blocks where the stream is aligned, above the edited ones, or 'found' from the data; by default the last third but "
-        "for the very last",
+        "blocks where the stream is aligned, above the edited ones, or 'found' from the data; by default the middle third",
     )
     anchor_frame: str = setting(
         "centred", "'raw'; 'centred' takes off the mean state of all objects, which every state shares; 'object' the relation's"

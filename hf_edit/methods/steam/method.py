@@ -200,17 +200,14 @@ class _Job:
         return cls(base, config, editor, layout, layers, statistics, contexts, progress)
 
     def anchor_blocks(self) -> tuple[int, ...]:
-        """The blocks to align at, all above the last edit layer; none where that is the model's last block.
-
-        The last block only chooses the next word, and is left to the target's own loss.
-        """
+        """The blocks to align at, all above the last edit layer; none where that is the model's last block."""
         chosen = self.config.anchor_blocks
-        third = range(2 * len(self.layout) // 3, len(self.layout) - 1)
+        third = range(self.layout.at_depth(1 / 3), self.layout.at_depth(2 / 3) + 1)
         above = range(self.layers[-1] + 1, len(self.layout))
         if chosen is None or not above:
             return tuple(b for b in third if b in above) or tuple(above[:1])
         if isinstance(chosen, str):
-            return informative_blocks(self.base, self.layers[-1], max(1, len(third)))
+            return informative_blocks(self.base, self.layers[-1], len(third))
         blocks = tuple(self.layout.block(b) for b in chosen)
         if min(blocks) <= self.layers[-1]:
             raise ValueError(
