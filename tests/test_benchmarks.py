@@ -3,21 +3,37 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
+import torch
+from conftest import FACTS, tiny_model
 
-_FILE = Path(__file__).parent.parent / "examples" / "benchmarks" / "steam.py"
+from hf_edit import LKSConfig
+from hf_edit.base import Base
+from hf_edit.methods.lks import training
+from hf_edit.methods.lks.examples import build_examples
+from hf_edit.methods.lks.features import read_features
+from hf_edit.methods.lks.generator import make_generator
+from hf_edit.suffix import frozen
+
+_FOLDER = Path(__file__).parent.parent / "examples" / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def steam():
-    spec = importlib.util.spec_from_file_location("steam_benchmark", _FILE)
+@contextmanager
+def _benchmark(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", _FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture(scope="module")
+def steam():
+    with _benchmark("steam") as module:
         yield module
 
 
@@ -96,3 +112,25 @@ def test_a_variant_of_steam_is_an_arm_of_its_own_beside_the_base(steam, argument
     assert options.variants[name] == {"anchor_weight": 1, "anchor_frame": "raw"}
     assert options.arms == ["clean", "base", name]
     assert steam.compared(options.arms) == [(name, "base")]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_training_step_of_lks_has_the_loss_and_the_gradient_of_whole_runs_of_the_model(tokenizer, architecture):
+    base, config = Base(tiny_model(architecture), tokenizer), LKSConfig(contexts=2, context_length=4)
+    torch.manual_seed(0)
+    generator = make_generator(config.generator, base.layout().hidden_size, 32, config.target_tokens)
+    torch.nn.init.normal_(generator.out.weight, std=0.2)
+    with frozen(base.model), _benchmark("lks_training") as benchmark:
+        features = read_features(base, 3, FACTS, generator.slots)
+        made = build_examples(base, FACTS, config, seed=0)
+        codes = training.Codes(features, generator.code_size).requires_grad_(False)
+        flat = [*made.prompts, *(e for group in (*made.variations, *made.locality) for e in group)]
+        cached = training._Cached(base, 3, flat, range(len(flat)), config, progress=False)
+        losses = [
+            cached.loss(range(len(flat)), generator, codes, config)[0],
+            benchmark.whole_loss(base, 3, generator, codes, flat, config),
+        ]
+        gradients = [torch.autograd.grad(loss, generator.out.weight)[0] for loss in losses]
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-3)
+    assert float(gradients[0].norm()) > 1e-3
