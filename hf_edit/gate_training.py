@@ -147,9 +147,9 @@ class _Read:
 def train_gate(base: Base, block: int, *, seed: int = 0, progress: bool = False) -> Gate:
     """A gate for a model, trained on the package's own wordings.
 
-    That takes a minute on two CPU cores for a model of 135M parameters, once a model; the result is kept in the cache. No fact
-    is read: trained further on facts' prompts, put on each other's subjects, it tells paraphrases from other questions worse,
-    on the very data set that they are from (`examples/benchmarks/README.md`).
+    That takes some three minutes of a CPU core for a model of 135M parameters, once a model; the result is kept in the cache.
+    No fact is read: trained further on facts' prompts, put on each other's subjects, it tells paraphrases from other questions
+    worse, on the very data set that they are from (`examples/benchmarks/README.md`).
 
     Args:
         base: the clean model.

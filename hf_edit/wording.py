@@ -51,10 +51,11 @@ def agreement(one: Words, other: Words) -> tuple[torch.Tensor, torch.Tensor]:
     """
     near = one.vectors @ other.vectors.transpose(-1, -2)
     near = near.masked_fill((one.weights == 0)[:, :, None] | (other.weights == 0)[:, None, :], -1.0)
-    return tuple(
-        (best * words.weights).sum(-1) / words.weights.sum(-1).clamp(min=1e-6)
-        for best, words in ((near.amax(2), one), (near.amax(1), other))
-    )  # type: ignore[return-value]
+    return _weighted(near.amax(2), one.weights), _weighted(near.amax(1), other.weights)
+
+
+def _weighted(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return (values * weights).sum(-1) / weights.sum(-1).clamp(min=1e-6)
 
 
 def asked_words(text: str, names: Sequence[tuple[int, int]] = ()) -> str:
