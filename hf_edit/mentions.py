@@ -129,6 +129,7 @@ class _Plan:
         arguments: of the decoder, by name.
         points: where facts are on in this run, once its lowest effect has come.
         clouded: questions that the gate could not judge, because it would have read what the edit did.
+        asked_for: how many columns the caller lets run, where the edit has more of them run.
     """
 
     text: torch.Tensor
@@ -139,6 +140,12 @@ class _Plan:
     arguments: dict[str, Any]
     points: Points | None = None
     clouded: list[_Question] = field(default_factory=list)
+    asked_for: int | None = None
+
+    def reach(self, states: torch.Tensor) -> None:
+        """Take from a module's tensor how many columns run: another edit may have widened the run behind this one's back."""
+        width = states.shape[1] if states.dim() == 3 else len(states) // len(self.rows)
+        self.first = self.text.shape[1] - width
 
 
 class _Run(threading.local):
@@ -168,7 +175,8 @@ class MentionAttachment:
     What is right depends on the whole text, and tokens may have been run before it was known: the question comes in a later
     chunk or turn than the mention, a name turns out to be the beginning of another, or the gate reads a block above the one
     where the edit acts. Then the tokens from the first changed mention on are run again, in place of what the cache held. So
-    every way of running the model gives what the whole prompt gives at once.
+    every way of running the model gives what the whole prompt gives at once. That a target has been said is known before its
+    last token runs; then those tokens run with it, in one forward.
 
     Args:
         base: model and tokenizer.
@@ -234,8 +242,11 @@ class MentionAttachment:
             if bool((skipped > 0).all()):
                 self._now.asked = tuple((skipped - 1).tolist())
 
-    def _find(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Which of the tokens end a mention, and where the gate has to look."""
+    def _find(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
+        """Which of the tokens end a mention, and where the gate has to look; the arguments of a run of more tokens, where what
+        they say changes what earlier ones hold."""
         now = self._now
         kind: Any = type(decoder)
         arguments = dict(list(_signature(kind).bind_partial(decoder, *args, **kwargs).arguments.items())[1:])
@@ -244,11 +255,11 @@ class MentionAttachment:
         if now.again:
             if now.plan is not None and ids is not None:  # several edits may each have more tokens run again
                 now.plan.first, now.plan.points = now.plan.text.shape[1] - ids.shape[1], None
-            return
+            return None
         shown, now.shown, now.plan = now.shown, None, None
         if ids is None:
             now.prompt = 0
-            return
+            return None
         cache = arguments.get("past_key_values")
         done = _length(cache)
         known = getattr(cache, _KEPT, {}).get(self._key, []) if done else []
@@ -277,6 +288,24 @@ class MentionAttachment:
             rows[question.row].asked.append(question)
         now.asked = None
         now.plan = _Plan(text, mask, first, rows, questions, arguments)
+        widened = self._widened(decoder, now.plan, cache) if repeated is None else None
+        return None if widened is None else ((), widened)
+
+    def _widened(self, decoder: nn.Module, plan: _Plan, cache: Any) -> dict[str, Any] | None:
+        """Where the one token to run completes a target, the arguments of a run from the mention on, without the fact.
+
+        Edits look at the arguments in turn; one that others look behind leaves it to `_settle`, as does a longer run, in which
+        a fact may come and go."""
+        hooks = [h for h in decoder._forward_pre_hooks.values() if getattr(h, "__func__", None) is type(self)._find]
+        if self._routing is None or hooks[-1] != self._find or plan.text.shape[1] != plan.first + 1:
+            return None
+        plan.questions = [q for q in plan.questions if q.final or not self._said(plan.rows[q.row], q)]
+        outdated = [c for row in plan.rows for c in _differences(row.applied, self._wanted(row)) if c < plan.first]
+        begin = _rewound(cache, min(outdated), plan.first) if outdated else None
+        if begin is None:
+            return None
+        plan.first, plan.asked_for = begin, 1
+        return _from_column(plan, begin, cache)
 
     def _whole(
         self,
@@ -340,6 +369,7 @@ class MentionAttachment:
         if not questions:
             return
         states = hidden_of(output)
+        plan.reach(states)
         at = ([q.row for q in questions], [q.column - plan.first for q in questions])
         for question, query in zip(questions, gate.project(states[at].detach()), strict=True):
             row = plan.rows[question.row]
@@ -413,6 +443,7 @@ class MentionAttachment:
         if plan is None:
             return None
         if plan.points is None:
+            plan.reach(hidden_of(output))
             plan.points = self._applied(plan)
         return effect(args[0], output, plan.points) if plan.points.rows else None
 
@@ -437,6 +468,8 @@ class MentionAttachment:
         cache = getattr(output, "past_key_values", None)
         cache = plan.arguments.get("past_key_values") if cache is None else cache
         changed = None
+        if plan.asked_for is not None:
+            changed = _replaced(output, output, plan.asked_for)
         if plan.clouded:  # the gate reads the clean model
             for q in plan.clouded:
                 plan.rows[q.row].events += [(q.column, e, _NONE) for e in {e for _, e in plan.rows[q.row].mentions}]
@@ -455,19 +488,12 @@ class MentionAttachment:
 
     def _repeated(self, decoder: nn.Module, plan: _Plan, column: int, cache: Any, output: Any) -> Any:
         """The decoder's output for the same tokens, after all from `column` on, or from further back, were run again."""
-        begin: int | None = 0
-        if cache is not None:
-            begin = _rewound(cache, column, plan.text.shape[1])
-            if begin is None:
-                _warn_once(type(cache).__name__)
-                return None
-        arguments = {**plan.arguments, "past_key_values": cache}
-        if begin != plan.text.shape[1] - plan.arguments["input_ids"].shape[1]:
-            arguments = {k: v for k, v in arguments.items() if k not in ("cache_position", "inputs_embeds")}
-            arguments |= {"input_ids": plan.text[:, begin:], "attention_mask": plan.mask}
-            if plan.arguments.get("position_ids") is not None:
-                everything = torch.ones_like(plan.text) if plan.mask is None else plan.mask.long()
-                arguments["position_ids"] = (everything.cumsum(1) - 1).clamp(min=0)[:, begin:]
+        begin = 0 if cache is None else _rewound(cache, column, plan.text.shape[1])
+        if begin is None:
+            _warn_once(type(cache).__name__)
+            return None
+        same = begin == plan.text.shape[1] - plan.arguments["input_ids"].shape[1]
+        arguments = {**plan.arguments, "past_key_values": cache} if same else _from_column(plan, begin, cache)
         token = _AGAIN.set(sorted((q for r in plan.rows for q in r.asked), key=lambda q: q.column))
         self._now.again = True
         try:
@@ -475,11 +501,7 @@ class MentionAttachment:
         finally:
             self._now.again = False
             _AGAIN.reset(token)
-        new = hidden_of(output.last_hidden_state).shape[1]
-        output.last_hidden_state = again.last_hidden_state[:, -new:]
-        if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(states[:, -new:] for states in again.hidden_states)
-        return output
+        return _replaced(output, again, output.last_hidden_state.shape[1])
 
 
 class _Prepare:
@@ -524,6 +546,26 @@ def _matching(known: Sequence[_Row], number: int, tokens: Sequence[int], length:
 
 def _differences(one: dict[int, int], other: dict[int, int]) -> set[int]:
     return {c for c in {*one, *other} if one.get(c) != other.get(c)}
+
+
+def _from_column(plan: _Plan, begin: int, cache: Any) -> dict[str, Any]:
+    """The decoder's arguments for a run of all tokens from column `begin` on."""
+    arguments = {k: v for k, v in plan.arguments.items() if k not in ("cache_position", "inputs_embeds")}
+    arguments |= {"input_ids": plan.text[:, begin:], "attention_mask": plan.mask, "past_key_values": cache}
+    if plan.arguments.get("position_ids") is not None:
+        everything = torch.ones_like(plan.text) if plan.mask is None else plan.mask.long()
+        arguments["position_ids"] = (everything.cumsum(1) - 1).clamp(min=0)[:, begin:]
+    return arguments
+
+
+def _replaced(output: Any, other: Any, columns: int) -> Any:
+    """A decoder's output with the last columns of another one."""
+    output.last_hidden_state = other.last_hidden_state[:, -columns:]
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = tuple(states[:, -columns:] for states in other.hidden_states)
+    if getattr(output, "attentions", None) is not None:
+        output.attentions = tuple(None if a is None else a[..., -columns:, :] for a in other.attentions)
+    return output
 
 
 def _rewound(cache: Any, column: int, total: int) -> int | None:

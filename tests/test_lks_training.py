@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +43,20 @@ def test_what_does_not_fit_the_budget_goes_to_disk_and_comes_back_equal(tmp_path
     assert 0 < store.in_memory <= 100
     assert store.in_memory + store.on_disk == sum(t.numel() * t.element_size() for t in tensors)
     assert list(tmp_path.iterdir()) == []  # the files have no names, so nothing stays behind
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's memory as Linux tells it")
+def test_what_lies_on_disk_takes_no_memory_once_it_is_released(tmp_path):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    store = TensorStore(budget=0, folder=tmp_path)
+    tensor = torch.arange(1 << 24, dtype=torch.int32)
+    kept = store.keep(tensor)
+    filled = resident()
+    store.release()
+    assert filled - resident() > 0.9 * 4 * len(tensor)
+    assert torch.equal(kept, tensor)
 
 
 def test_a_training_from_disk_gives_the_pack_that_one_from_memory_gives(llama):

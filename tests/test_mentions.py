@@ -22,6 +22,7 @@ from hf_edit.methods.lks.generator import ContextGenerator
 from hf_edit.positions import pad
 from hf_edit.routing import Routing
 from hf_edit.scope import Entities, Scope
+from hf_edit.suffix import hidden_of
 from hf_edit.weights.attach import ActingAlone, Factors
 
 CAPITAL, LANGUAGE, OTHER = "The capital of France is", "The official language of France is", "The continent of France is"
@@ -265,6 +266,28 @@ def test_once_the_target_has_been_said_the_clean_model_goes_on(edited, cached, e
     assert not any(same(one, other) for one, other in zip(found[:end], clean[:end], strict=True))
     for one, other in zip(found[end:], clean[end:], strict=True):
         close(one, other)
+
+
+def test_going_on_clean_behind_a_target_takes_no_forward_of_its_own(edited):
+    """The tokens from the mention on run with the one that completes the target; the caller gets that one's output alone."""
+    prompt, target = ids_of(edited, CAPITAL)[0].tolist(), edited.tokenizer(" Rome")["input_ids"]
+    widths = []
+    block = edited.layout().blocks[0]
+    counting = block.register_forward_hook(lambda _, __, output: widths.append(hidden_of(output).shape[1]))
+    with torch.no_grad():
+        out = edited.model(input_ids=torch.tensor([prompt]), use_cache=True)
+        widths.clear()
+        for token in target:
+            cache = out.past_key_values
+            out = edited.model(input_ids=torch.tensor([[token]]), past_key_values=cache, output_hidden_states=True)
+    counting.remove()
+    assert len(widths) == len(target)
+    assert widths[-1] > 1
+    assert [states.shape[1] for states in out.hidden_states] == [1] * len(out.hidden_states)
+    assert cache.get_seq_length() == len(prompt) + len(target)
+    edited.attachment.detach()
+    with torch.no_grad():
+        close(out.logits[0, -1], edited.model(input_ids=torch.tensor([prompt + target])).logits[0, -1])
 
 
 def test_answers_behind_a_prompt_do_not_hide_what_it_asked(edited):

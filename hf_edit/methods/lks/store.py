@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
 __all__ = ["TensorStore"]
@@ -29,6 +29,7 @@ class TensorStore:
 
     def __init__(self, budget: int, folder: Path) -> None:
         self._budget, self._folder = budget, folder
+        self._files: list[mmap.mmap] = []
         self._chunk = torch.empty(0, dtype=torch.uint8)
         self._used = 0
         self.in_memory = self.on_disk = 0
@@ -41,13 +42,20 @@ class TensorStore:
             return tensor.detach().clone()
         return self._to_file(tensor.detach(), size)
 
+    def release(self) -> None:
+        """Give back the memory that writing and reading files took; what is read again comes from the system's own cache, or
+        from the disk where that needed the room."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for file in self._files:
+                file.madvise(mmap.MADV_DONTNEED)
+
     def _to_file(self, tensor: torch.Tensor, size: int) -> torch.Tensor:
         room = -(-size // _ALIGN) * _ALIGN
         if self._used + room > len(self._chunk):
             with tempfile.TemporaryFile(dir=self._folder) as file:
                 file.truncate(max(_CHUNK, room))
-                mapped = np.memmap(file, dtype=np.uint8, mode="r+")  # outlives the file's name and handle
-            self._chunk, self._used = torch.from_numpy(mapped), 0
+                self._files.append(mmap.mmap(file.fileno(), 0))  # outlives the file's name and handle
+            self._chunk, self._used = torch.frombuffer(self._files[-1], dtype=torch.uint8), 0
         place = self._chunk[self._used : self._used + size].view(tensor.dtype).view(tensor.shape)
         place.copy_(tensor)
         self._used += room

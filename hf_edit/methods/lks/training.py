@@ -81,6 +81,7 @@ class _Cached:
         with bar(len(order), "caching states", "text", progress) as shown:
             for first in range(0, len(order), _GROUP):
                 self._add(order[first : first + _GROUP], exact)
+                self.store.release()
                 shown.update(min(_GROUP, len(order) - first))
 
     def _add(self, group: Sequence[int], exact: bool) -> None:
@@ -104,6 +105,7 @@ class _Cached:
         """Mean over the texts of NLL and weighted KL, each a mean over a text's own positions; and the mean NLL of those that
         have a target, without a gradient."""
         batch = self.cache.batch([self.place[i] for i in indices])
+        self.store.release()
         chosen = [self.examples[i] for i in indices]
         assert batch.inputs is not None
         device = batch.inputs.device
