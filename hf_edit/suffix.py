@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -233,7 +233,7 @@ class SuffixBatch:
         *,
         states: Sequence[int] = (),
         inputs: torch.Tensor | None = None,
-        hooks: dict[nn.Module, Hook] | None = None,
+        hooks: Mapping[nn.Module, Hook] | None = None,
         logits: bool = True,
     ) -> Outputs:
         """Run the suffixes.

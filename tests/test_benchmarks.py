@@ -117,20 +117,23 @@ def test_a_variant_of_steam_is_an_arm_of_its_own_beside_the_base(steam, argument
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_training_step_of_lks_has_the_loss_and_the_gradient_of_whole_runs_of_the_model(tokenizer, architecture):
     base, config = Base(tiny_model(architecture), tokenizer), LKSConfig(contexts=2, context_length=4)
+    blocks = (2, 3, 4)
     torch.manual_seed(0)
-    generator = make_generator(config.generator, base.layout().hidden_size, 32, config.target_tokens)
-    torch.nn.init.normal_(generator.out.weight, std=0.2)
+    generator = make_generator(config.generator, base.layout().hidden_size, 32, config.target_tokens, len(blocks))
+    for writer in generator.writers:
+        torch.nn.init.normal_(writer.out.weight, std=0.2)
     with frozen(base.model), _benchmark("lks_training") as benchmark:
-        features = read_features(base, 3, FACTS, generator.slots)
+        features = read_features(base, blocks[0], FACTS, generator.slots)
         made = build_examples(base, FACTS, config, seed=0)
         codes = training.Codes(features, generator.code_size).requires_grad_(False)
         flat = [*made.prompts, *(e for group in (*made.variations, *made.locality) for e in group)]
-        cached = training._Cached(base, 3, flat, range(len(flat)), config, progress=False)
+        cached = training._Cached(base, blocks, flat, range(len(flat)), config, progress=False)
         losses = [
             cached.loss(range(len(flat)), generator, codes, config)[0],
-            benchmark.whole_loss(base, 3, generator, codes, flat, config),
+            benchmark.whole_loss(base, blocks, generator, codes, flat, config),
         ]
-        gradients = [torch.autograd.grad(loss, generator.out.weight)[0] for loss in losses]
+        weights = [writer.out.weight for writer in generator.writers]
+        gradients = [torch.autograd.grad(loss, weights) for loss in losses]
     torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-3)
-    assert float(gradients[0].norm()) > 1e-3
+    assert all(float(gradient.norm()) > 1e-3 for gradient in gradients[0])

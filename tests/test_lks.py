@@ -106,14 +106,15 @@ def test_mentions_are_found_in_token_sequences_that_no_tokenizer_would_choose(to
 
 @pytest.mark.parametrize("form", ["context", "residual"])
 def test_an_untrained_generator_changes_nothing(form):
-    generator = make_generator(form, hidden=8, width=16, slots=3)
+    generator = make_generator(form, hidden=8, width=16, slots=3, writes=2)
     states = torch.randn(5, 8)
-    assert torch.equal(generator(generator.encode(torch.randn(5, 3, 8)), states), states)
+    for write in range(2):
+        assert torch.equal(generator(generator.encode(torch.randn(5, 3, 8)), states, write), states)
 
 
 @pytest.mark.parametrize("form", ["linear", "mlp"])
 def test_the_released_forms_overwrite_whatever_stood_there(form):
-    generator = make_generator(form, hidden=8, width=16, slots=3)
+    generator = make_generator(form, hidden=8, width=16, slots=3, writes=1)
     codes = generator.encode(torch.randn(5, 1, 8))
     assert torch.equal(generator(codes, torch.randn(5, 8)), generator(codes, torch.randn(5, 8)))
 

@@ -269,17 +269,17 @@ def _with(name, value):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (_with("out.weight", lambda t: t * float("nan")), "NaN or infinity"),
-        (_with("state_std", lambda t: t * float("inf")), "NaN or infinity"),
-        (_with("state_mean", lambda t: t + 1e30), "far out of any scale"),
-        (_with("state_std", lambda t: t * 0), "not above zero"),
-        (_with("out.weight", lambda t: t.float()), "another precision"),
-        (_with("out.bias", lambda t: t.half()), "another precision"),
+        (_with("writers.0.out.weight", lambda t: t * float("nan")), "NaN or infinity"),
+        (_with("writers.0.state_std", lambda t: t * float("inf")), "NaN or infinity"),
+        (_with("writers.0.state_mean", lambda t: t + 1e30), "far out of any scale"),
+        (_with("writers.0.state_std", lambda t: t * 0), "not above zero"),
+        (_with("writers.0.out.weight", lambda t: t.float()), "another precision"),
+        (_with("writers.0.out.bias", lambda t: t.half()), "another precision"),
         (_with("feature_in.weight", lambda t: t.T.contiguous()), "does not hold a generator"),
-        (_with("out.bias", torch.zeros(1)), "does not hold a generator"),
+        (_with("writers.0.out.bias", torch.zeros(1)), "does not hold a generator"),
         (_with("feature_in.weight", torch.zeros(3, dtype=torch.float16)), "does not hold a generator"),
         (_with("__class__", torch.zeros(2)), "does not hold a generator"),
-        (lambda tensors: {k: v for k, v in tensors.items() if k != "state_in.weight"}, "does not hold a generator"),
+        (lambda tensors: {k: v for k, v in tensors.items() if k != "writers.0.state_in.weight"}, "does not hold a generator"),
         (lambda tensors: {f"t{i}": torch.zeros(1) for i in range(5000)}, "more than any"),
     ],
 )
@@ -295,9 +295,9 @@ def test_tensors_that_are_no_editors(folder, change, match):
         b"\x80\x04.",
         b"PK\x03\x04" * 10,
         (1 << 62).to_bytes(8, "little") + b"{}",
-        safetensors({"out.bias": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4]}}, b"\0" * 4),
-        safetensors({"out.bias": {"dtype": "F32", "shape": [1 << 20, 1 << 20], "data_offsets": [0, 1 << 42]}}, b"\0" * 4),
-        safetensors({"out.bias": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"\0" * 8),
+        safetensors({"feature_mean": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4]}}, b"\0" * 4),
+        safetensors({"feature_mean": {"dtype": "F32", "shape": [1 << 20, 1 << 20], "data_offsets": [0, 1 << 42]}}, b"\0" * 4),
+        safetensors({"feature_mean": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"\0" * 8),
     ],
     ids=["empty", "pickle", "zip", "header", "huge", "huger", "hole"],
 )
@@ -309,8 +309,8 @@ def test_a_tensor_file_that_is_malformed(folder, data):
 def test_an_editor_that_does_not_fit_the_base_that_it_names_is_refused(llama, folder):
     wide = load_file(folder / TENSORS_FILE)
     doubled = {name: t.repeat(2) if t.dim() == 1 and name != "feature_in.bias" else t for name, t in wide.items()}
-    doubled |= {name: wide[name].repeat(1, 2) for name in ("feature_in.weight", "state_in.weight")}
-    doubled["out.weight"] = wide["out.weight"].repeat(2, 1)
+    doubled |= {name: t.repeat(1, 2) for name, t in wide.items() if name.endswith("_in.weight")}
+    doubled |= {name: t.repeat(2, 1) for name, t in wide.items() if name.endswith("out.weight")}
     save_file(doubled, folder / TENSORS_FILE)
     config = json.loads((folder / CONFIG_FILE).read_text())
     editor = LKSEditor.from_pretrained(_rehashed(folder))

@@ -64,10 +64,11 @@ def effects(base: Base, kind: str) -> dict[torch.nn.Module, Effect]:
     if kind == "weights":
         modules = [base.model.get_submodule(layout.projection(block)) for block in (1, 2)]
         return {m: ActingAlone(Factors(torch.randn(size, 4) * 9, torch.randn(4, weight_shape(m)[1]))) for m in modules}
-    generator = ContextGenerator(size, size, 1).requires_grad_(False)
-    generator.out.weight.normal_(std=0.5)
+    generator = ContextGenerator(size, size, 1, writes=2).requires_grad_(False)
+    for writer in generator.writers:
+        writer.out.weight.normal_(std=0.5)
     codes = torch.randn(len(ASKED), size) * 3
-    return {layout.blocks[BLOCK]: Rewriting(generator, codes)}
+    return {layout.blocks[BLOCK + write]: Rewriting(generator, codes, write) for write in range(generator.writes)}
 
 
 @pytest.fixture(

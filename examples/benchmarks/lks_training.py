@@ -12,10 +12,12 @@ takes the logits where the loss reads them. Building what is kept is a cost of i
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_edit import LKSConfig, read_facts
 from hf_edit.base import Base, autocast
 from hf_edit.methods.lks import training
+from hf_edit.methods.lks.editor import blocks_from
 from hf_edit.methods.lks.examples import Example, build_examples
 from hf_edit.methods.lks.features import read_features
 from hf_edit.methods.lks.generator import Generator, make_generator
@@ -37,25 +40,30 @@ from hf_edit.suffix import frozen, hidden_of
 
 
 def whole_loss(
-    base: Base, block: int, generator: Generator, codes: training.Codes, chosen: Sequence[Example], config: LKSConfig
+    base: Base,
+    blocks: Sequence[int],
+    generator: Generator,
+    codes: training.Codes,
+    chosen: Sequence[Example],
+    config: LKSConfig,
 ) -> torch.Tensor:
     """The loss of a step by whole runs of the model, edited and clean."""
     ids, mask = pad([e.ids for e in chosen], device=base.device)
     points = [(r, p, e.fact) for r, e in enumerate(chosen) for p in e.mentions]
     rows, columns, facts = torch.tensor(points, device=base.device).unbind(1)
 
-    def rewrite(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+    def rewrite(_: nn.Module, __: object, output: torch.Tensor, write: int) -> torch.Tensor:
         states = hidden_of(output)
-        new = generator(codes(generator, facts), states[rows, columns].float())
+        new = generator(codes(generator, facts), states[rows, columns].float(), write)
         return states.index_put((rows, columns), new.to(states.dtype))
 
     with torch.no_grad():
         clean = base.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
-    handle = base.layout().blocks[block].register_forward_hook(rewrite)
-    try:
+    with ExitStack() as stack:
+        for write, block in enumerate(blocks):
+            hook = functools.partial(rewrite, write=write)
+            stack.callback(base.layout().blocks[block].register_forward_hook(hook).remove)
         logits = base.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-    finally:
-        handle.remove()
     total = torch.zeros((), device=base.device)
     for r, example in enumerate(chosen):
         if example.labels:
@@ -102,7 +110,8 @@ def main() -> None:
     block, hidden = base.layout().at_depth(0.55), base.layout().hidden_size
     facts = read_facts(options.facts_file)[: options.facts]
     torch.manual_seed(0)
-    generator = make_generator(config.generator, hidden, round(config.width * hidden), config.target_tokens)
+    blocks = blocks_from(base, block, config.writes)
+    generator = make_generator(config.generator, hidden, round(config.width * hidden), config.target_tokens, len(blocks))
     with frozen(model):
         features = read_features(base, block, facts, generator.slots)
         made = build_examples(base, facts, config, seed=0)
@@ -115,7 +124,7 @@ def main() -> None:
         for name, dtype in (("LKS", "model"), ("LKS, bfloat16", "auto")):
             started = time.perf_counter()
             with autocast(base.device, dtype):
-                cached = training._Cached(base, block, flat, batch, config, progress=False)
+                cached = training._Cached(base, blocks, flat, batch, config, progress=False)
             built = built or time.perf_counter() - started
 
             def kept(cached: training._Cached = cached, dtype: str = dtype) -> torch.Tensor:
@@ -125,7 +134,7 @@ def main() -> None:
             ways[name] = seconds(kept, generator, options.steps)
 
     def whole() -> torch.Tensor:
-        return whole_loss(base, block, generator, codes, chosen, config)
+        return whole_loss(base, blocks, generator, codes, chosen, config)
 
     with frozen(model):
         ways["frozen"] = seconds(whole, generator, options.steps)

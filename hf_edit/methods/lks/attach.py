@@ -16,21 +16,23 @@ __all__ = ["Rewriting"]
 
 @dataclass(frozen=True)
 class Rewriting:
-    """The effect behind the block whose output is rewritten.
+    """The effect behind a block whose output is rewritten.
 
     Attributes:
         generator: on the model's device.
         codes: [facts, ...], `Generator.encode` of each fact's feature.
+        write: which of the generator's blocks it is, counted from the lowest.
     """
 
     generator: Generator
     codes: torch.Tensor
+    write: int = 0
 
     def __call__(self, _: torch.Tensor, output: Any, points: Points) -> Any:
         """The block's output with the generator's states at the points."""
         states = hidden_of(output)
         at = points.of(states)
-        new = self.generator(self.codes[points.facts], states[at].to(self.codes))
+        new = self.generator(self.codes[points.facts], states[at].to(self.codes), self.write)
         states = states.clone()
         states[at] = new.to(states)
         return (states, *output[1:]) if isinstance(output, tuple) else states

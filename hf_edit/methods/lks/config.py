@@ -14,6 +14,7 @@ __all__ = ["RELEASED", "LKSConfig"]
 
 RELEASED = ("linear", "mlp")  # overwrite the state by a map of the feature alone
 _WORDS = ("none", "bank", "given")  # what `editor` may say beside the place of one
+_VARIATIONS = 4
 _MANY = 500  # facts; more of them take fewer passes each
 
 
@@ -25,9 +26,12 @@ class LKSConfig(EditConfig):
         ValueError: a setting is out of range.
     """
 
-    structural = ("layer", "generator", "width", "target_tokens")
+    structural = ("layer", "generator", "width", "target_tokens", "writes")
 
-    layer: int | None = setting(None, "block whose output is rewritten; by default the one at 55 % of the depth")
+    layer: int | None = setting(None, "lowest block whose output is rewritten; by default the one at 55 % of the depth")
+    writes: int = setting(
+        3, "blocks whose outputs 'context' and 'residual' rewrite, from `layer` on at even distances; 'linear' and 'mlp': one"
+    )
     generator: str = setting(
         "context",
         "form of the hypernetwork: 'context' adds to the entity's state what it makes of fact and state, 'residual' of the "
@@ -56,7 +60,10 @@ class LKSConfig(EditConfig):
     kl_weight: float = setting(1.0, "weight of KL(edited || clean) on texts that must stay as they are")
     tail_weight: float = setting(1.0, "weight of KL(edited || clean) behind the target")
     tail_tokens: int = setting(6, "tokens behind the target that go on as the clean model would; 0 leaves them free")
-    variations: int = setting(4, "texts at most, beside its prompt, that a fact is trained on")
+    variations: int | None = setting(
+        None,
+        "texts at most, beside its prompt, that a fact is trained on. By default 4, or fewer if they would be shown only once",
+    )
     contexts: int = setting(3, "sampled prefixes that the fact must also hold behind")
     context_length: int = setting(10, "tokens of such a prefix")
     locality_prompts: int = setting(2, "other questions about the subject, for each fact, whose answers are kept")
@@ -72,16 +79,17 @@ class LKSConfig(EditConfig):
     cache_bytes: int = setting(3 << 30, "memory that training may fill with what it computed once; the rest goes to disk")
 
     def __post_init__(self) -> None:
-        for name in ("min_steps", "batch_size", "context_length"):
+        for name in ("min_steps", "batch_size", "context_length", "writes"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1")
         for name in (
             "warmup_steps", "kl_weight", "tail_weight", "contexts", "locality_prompts", "tail_tokens", "target_tokens",
-            "variations", "cache_bytes",
+            "cache_bytes",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name} must not be negative")
         for name in ("lr", "width"):
             require(getattr(self, name) > 0, f"{name} must be positive")
         require(self.epochs is None or self.epochs >= 1, "epochs must be at least 1")
+        require(self.variations is None or self.variations >= 0, "variations must not be negative")
         require(self.code_lr is None or self.code_lr >= 0, "code_lr must not be negative")
         require(0 <= self.locality_share <= 1, "locality_share is a share, from 0 to 1")
         require(self.width <= 64, "width must be at most 64")
@@ -105,6 +113,13 @@ class LKSConfig(EditConfig):
         if self.epochs is not None:
             return self.epochs
         return round(min(12.0, max(4.0, 12.0 * (_MANY / facts) ** 0.35)))
+
+    def variety(self, facts: int) -> int:
+        """Texts, beside its prompt, that each of so many facts is trained on: one that is shown once would cost more to read
+        beforehand than it saves."""
+        if self.variations is not None:
+            return self.variations
+        return min(_VARIATIONS, max(1, self.passes(facts) // 2))
 
     def shareable(self) -> LKSConfig:
         """See `EditConfig.shareable`: the folder of an editor becomes the word "given"."""

@@ -33,7 +33,7 @@ from .features import general_states, read_features
 from .generator import FORMS, Generator, generator_of, make_generator, packed
 from .training import train
 
-__all__ = ["LKSEditor", "block_of", "open_editor"]
+__all__ = ["LKSEditor", "block_of", "blocks_from", "open_editor"]
 
 CONFIG_FILE, TENSORS_FILE = "editor_config.json", "editor.safetensors"
 _FORMAT = 1
@@ -73,7 +73,7 @@ class LKSEditor(PushToHub):
 
     Attributes:
         form: of the generator, see `LKSConfig.generator`.
-        layer: the block whose output is rewritten.
+        layer: the lowest block whose output is rewritten.
         generator: on the CPU.
         base_fingerprint, tokenizer_fingerprint: of the model that it was trained for.
         num_facts: that it was trained on.
@@ -255,13 +255,14 @@ def open_editor(base: Base, config: LKSConfig, seed: int, progress: bool) -> LKS
     block = block_of(base, config)
     found = editor.settings
     asked = {"generator": config.generator, "layer": block, "width": config.width, "target_tokens": config.target_tokens}
+    asked["writes"] = len(blocks_from(base, block, config.writes))
     if wrong := [name for name in asked if asked[name] != found[name]]:
         raise ValueError("the editor was trained with other settings; pass " + ", ".join(f"{n}={found[n]!r}" for n in wrong))
     return editor
 
 
 def block_of(base: Base, config: LKSConfig) -> int:
-    """The block that the settings name.
+    """The block that the settings name, the lowest that is rewritten.
 
     Raises:
         ValueError: there is no such block, or nothing runs above it.
@@ -273,22 +274,31 @@ def block_of(base: Base, config: LKSConfig) -> int:
     return block
 
 
+def blocks_from(base: Base, lowest: int, writes: int) -> tuple[int, ...]:
+    """So many blocks at even distances, from the lowest on, as far as there are such below the last one."""
+    last = len(base.layout()) - 1
+    apart = max(1, (last - lowest) // writes)
+    return tuple(range(lowest, last, apart))[:writes]
+
+
 def _sizes(generator: Generator, hidden: int) -> dict[str, Any]:
-    return {"width": generator.code_size / hidden, "target_tokens": generator.slots - 1}
+    return {"width": generator.code_size / hidden, "target_tokens": generator.slots - 1, "writes": generator.writes}
 
 
 def _fresh(base: Base, config: LKSConfig, seed: int) -> LKSEditor:
     """An untrained generator, standardised by the bank's facts."""
     hidden, block = base.layout().hidden_size, block_of(base, config)
     with seeded(seed, base.device), frozen(base.model):
-        generator = make_generator(config.generator, hidden, round(config.width * hidden), config.slots)
-        generator.standardise(*(t.cpu() for t in general_states(base, block, config.slots)))
+        blocks = blocks_from(base, block, 1 if config.released else config.writes)
+        generator = make_generator(config.generator, hidden, round(config.width * hidden), config.slots, len(blocks))
+        features, states = general_states(base, blocks, config.slots)
+        generator.standardise(features.cpu(), [s.cpu() for s in states])
     return LKSEditor(config.generator, block, generator, base.fingerprint, base.tokenizer_fingerprint, 0, _on_hub(base))
 
 
 def _from_bank(base: Base, config: LKSConfig, progress: bool) -> LKSEditor:
     """The editor trained on the shipped bank: made once for a model and kept."""
-    own = {name: getattr(config, name) for name in ("generator", "width", "target_tokens", "compute_dtype")}
+    own = {name: getattr(config, name) for name in ("generator", "width", "target_tokens", "writes", "compute_dtype")}
     settings = LKSConfig(**own, layer=block_of(base, config), editor="none", epochs=_BANK_EPOCHS, variations=1)
     key = [base.fingerprint, base.tokenizer_fingerprint, settings.to_dict(), _BANK_FACTS, _FORMAT]
     folder = cache_folder("lks", "editors") / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
@@ -311,7 +321,8 @@ def _train(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: int, prog
         with seeded(seed, base.device):
             settings = LKSConfig.from_dict({**vars(config), "code_lr": 0.0})  # what a fact has of its own would not generalise
             path = checkpoint_path(base, facts, settings, start.generator, seed)
-            train(base, start.layer, generator, features, examples, settings, seed, progress, path)
+            blocks = blocks_from(base, start.layer, generator.writes)
+            train(base, blocks, generator, features, examples, settings, seed, progress, path)
     known = (base.fingerprint, base.tokenizer_fingerprint, start.num_facts + len(facts), _on_hub(base))
     return LKSEditor(start.form, start.layer, generator_of(start.form, packed(generator)), *known)
 

@@ -40,7 +40,7 @@ Edits made with it stand by themselves: packs that are saved of them load withou
 ## What it is
 
 - `generator`: {generator}
-- `layer`: {layer}, the block whose output is rewritten
+- `layer`: {layer}, the lowest of the {writes} blocks whose outputs are rewritten
 - facts that it was trained on: {num_facts}
 - `base_fingerprint`: {base_fingerprint}
 - `tokenizer_fingerprint`: {tokenizer_fingerprint}
@@ -81,6 +81,7 @@ def editor_card(editor: LKSEditor, where: str) -> str:
         settings="".join(f", {name}={json.dumps(value)}" for name, value in settings.items()),
         generator=editor.form,
         layer=editor.layer,
+        writes=editor.generator.writes,
         num_facts=editor.num_facts,
         base_fingerprint=editor.base_fingerprint,
         tokenizer_fingerprint=editor.tokenizer_fingerprint,

@@ -70,10 +70,11 @@ def build_examples(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: i
         zip(range(0, len(facts), every), target_tails(base, facts[::every], config.tail_tokens, progress), strict=True)
     )
     rng = random.Random(seed)
+    variety = config.variety(len(facts))
     prompts, variations, locality = [], [], []
     with bar(len(facts), "writing texts", "fact", progress) as shown:
         for i, fact in enumerate(facts):
-            texts = [fact_text(fact, target=fact.target), *_variations(fact, contexts, config, rng)]
+            texts = [fact_text(fact, target=fact.target), *_variations(fact, contexts, variety, config, rng)]
             tail = tails.get(i, [])
             made = [subjects.asking(i, text, tail if config.tail_tokens else None) for text in encode(base.tokenizer, texts)]
             if made[0] is None:
@@ -129,13 +130,13 @@ class _Subjects:
         return tuple(p for p, entity in found if entity == self._entity[fact])
 
 
-def _variations(fact: Fact, contexts: Sequence[str], config: LKSConfig, rng: random.Random) -> list[Text]:
-    """Other texts that ask for the fact, with the target: as many as there are, up to `config.variations`."""
+def _variations(fact: Fact, contexts: Sequence[str], most: int, config: LKSConfig, rng: random.Random) -> list[Text]:
+    """Other texts that ask for the fact, with the target: as many as there are, up to `most`."""
     wordings = list(other_wordings(fact))
     if config.train_on_rephrases:
         wordings += [r for r in fact.rephrases if "{}" in r]
     asked = [("", wording) for wording in wordings] + [(context, fact.prompt) for context in contexts]
-    chosen = rng.sample(asked, min(config.variations, len(asked)))
+    chosen = rng.sample(asked, min(most, len(asked)))
     return [fact_text(fact, prefix=prefix, prompt=wording, target=fact.target) for prefix, wording in chosen]
 
 

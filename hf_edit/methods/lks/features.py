@@ -35,9 +35,9 @@ def read_features(base: Base, block: int, facts: Sequence[Fact], slots: int) -> 
     return _features(base, block, encode(base.tokenizer, [fact_text(f, target=f.target) for f in facts]), slots)
 
 
-def general_states(base: Base, block: int, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features [n, slots, hidden] and subject states [n, hidden] of the bank's facts of all kinds, to standardise with: no
-    fact needs others beside it."""
+def general_states(base: Base, blocks: Sequence[int], slots: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Features [n, slots, hidden] from the lowest block, and from each block the subject states [n, hidden], of the bank's
+    facts of all kinds, to standardise with: no fact needs others beside it."""
     references = [group[0] for group in bank().values()]
     references = references[:: max(1, len(references) // _GENERAL_TEXTS)][:_GENERAL_TEXTS]
     texts = []
@@ -47,7 +47,8 @@ def general_states(base: Base, block: int, slots: int) -> tuple[torch.Tensor, to
         whole = join(prompt, r.object)
         texts.append(Text(whole, (len(before), len(before) + len(r.subject)), (len(prompt), len(whole))))
     encoded = encode(base.tokenizer, texts)
-    return _features(base, block, encoded, slots), _states(base, block, encoded, [t.subject for t in encoded])
+    subjects = [t.subject for t in encoded]
+    return _features(base, blocks[0], encoded, slots), [_states(base, block, encoded, subjects) for block in blocks]
 
 
 def _features(base: Base, block: int, texts: Sequence[EncodedText], slots: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ feature, `forward` a new state of that code and the state that stands there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -34,21 +34,27 @@ class Generator(nn.Module):
             tokens (see `hf_edit.methods.lks.features`).
         code_size: numbers in a code.
         hidden: width of the model.
+        writes: at how many blocks it rewrites an entity's state.
     """
 
     slots: int
     code_size: int
     hidden: int
+    writes: int = 1
 
-    def standardise(self, features: torch.Tensor, states: torch.Tensor) -> None:
-        """Take means and deviations from samples: features [n, slots, hidden], states [n, hidden]."""
+    def standardise(self, features: torch.Tensor, states: Sequence[torch.Tensor]) -> None:
+        """Take means and deviations from samples: features [n, slots, hidden], states [n, hidden] for each write."""
 
     def encode(self, features: torch.Tensor) -> torch.Tensor:
         """Codes of facts: [facts, slots, hidden] to [facts, code_size]."""
         raise NotImplementedError
 
-    def forward(self, codes: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """New states for mentions: codes [n, code_size] and the entities' own states [n, hidden] to [n, hidden]."""
+    def forward(self, codes: torch.Tensor, states: torch.Tensor, write: int = 0) -> torch.Tensor:
+        """New states for mentions: codes [n, code_size] and the entities' own states [n, hidden] to [n, hidden].
+
+        Args:
+            write: which of the blocks that are rewritten the states come from, counted from the lowest.
+        """
         raise NotImplementedError
 
 
@@ -71,7 +77,7 @@ class OverwriteGenerator(Generator):
     def encode(self, features: torch.Tensor) -> torch.Tensor:
         return self.map(features[:, 0])
 
-    def forward(self, codes: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def forward(self, codes: torch.Tensor, states: torch.Tensor, write: int = 0) -> torch.Tensor:
         return codes
 
 
@@ -83,27 +89,53 @@ class MlpGenerator(OverwriteGenerator):
         self.map = nn.Sequential(nn.Linear(hidden, _MLP * hidden), nn.GELU(), nn.Linear(_MLP * hidden, hidden))
 
 
-class ResidualGenerator(Generator):
-    """``generator="residual"``: h + scale * W2 gelu(W1 feature), W2 at zero to begin with: untrained, it changes nothing.
+class _Writer(nn.Module):
+    """What a generator has for one block: the way out of the code, and how the states there are scaled.
 
-    Features are standardised by samples; `scale` is the deviation of the states that are rewritten, so that one step size
-    serves any model.
+    `scale` is the deviation of the states that are rewritten, so that one step size serves any model; `out` is zero to begin
+    with: untrained, it changes nothing.
+    """
+
+    def __init__(self, hidden: int, width: int, context: bool) -> None:
+        super().__init__()
+        self.out = nn.Linear(width, hidden)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        self.state_in = nn.Linear(hidden, width, bias=False) if context else None
+        self.register_buffer("state_mean", torch.zeros(hidden))
+        self.register_buffer("state_std", torch.ones(hidden))
+
+    state_mean: torch.Tensor
+    state_std: torch.Tensor
+
+    def forward(self, codes: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        if self.state_in is not None:
+            codes = codes + self.state_in((states - self.state_mean) / self.state_std)
+        return states + self.state_std.mean() * self.out(nn.functional.gelu(codes))
+
+
+class ResidualGenerator(Generator):
+    """``generator="residual"``: h + scale * W2 gelu(W1 feature), with a W2 for each block that is rewritten.
+
+    Features are standardised by samples.
 
     Args:
         hidden: width of the model.
         width: of the code.
         slots: vectors of a feature.
+        writes: at how many blocks states are rewritten. A target of several tokens is more than one state can tell the
+            blocks above; what each block is told adds up.
     """
 
-    def __init__(self, hidden: int, width: int, slots: int) -> None:
+    context = False  # whether it sees the states that it rewrites
+
+    def __init__(self, hidden: int, width: int, slots: int, writes: int = 1) -> None:
         super().__init__()
-        self.slots, self.code_size, self.hidden = slots, width, hidden
+        self.slots, self.code_size, self.hidden, self.writes = slots, width, hidden, writes
         self.feature_in = nn.Linear(slots * hidden, width)
         nn.init.normal_(self.feature_in.weight, std=(3 * hidden) ** -0.5)  # empty slots are zero: few of them count
-        self.out = nn.Linear(width, hidden)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-        for name in ("feature", "token", "state"):
+        self.writers = nn.ModuleList(_Writer(hidden, width, self.context) for _ in range(writes))
+        for name in ("feature", "token"):
             self.register_buffer(f"{name}_mean", torch.zeros(hidden))
             self.register_buffer(f"{name}_std", torch.ones(hidden))
 
@@ -111,43 +143,37 @@ class ResidualGenerator(Generator):
     feature_std: torch.Tensor
     token_mean: torch.Tensor
     token_std: torch.Tensor
-    state_mean: torch.Tensor
-    state_std: torch.Tensor
 
-    def standardise(self, features: torch.Tensor, states: torch.Tensor) -> None:
+    def standardise(self, features: torch.Tensor, states: Sequence[torch.Tensor]) -> None:
         tokens = features[:, 1:].flatten(0, 1)
-        for name, sample in (("feature", features[:, 0]), ("token", tokens[_filled(tokens)]), ("state", states)):
-            if len(sample) > 1:
-                getattr(self, f"{name}_mean").copy_(sample.mean(0))
-                getattr(self, f"{name}_std").copy_(sample.std(0).clamp(min=1e-3 * sample.std()))
+        _standard(self, "feature", features[:, 0])
+        _standard(self, "token", tokens[_filled(tokens)])
+        for writer, sample in zip(self.writers, states, strict=True):
+            _standard(writer, "state", sample)
 
     def encode(self, features: torch.Tensor) -> torch.Tensor:
         last = (features[:, :1] - self.feature_mean) / self.feature_std
         tokens = (features[:, 1:] - self.token_mean) / self.token_std * _filled(features[:, 1:])[..., None]
         return self.feature_in(torch.cat([last, tokens], dim=1).flatten(1))
 
-    def forward(self, codes: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        return states + self.state_std.mean() * self.out(nn.functional.gelu(codes))
+    def forward(self, codes: torch.Tensor, states: torch.Tensor, write: int = 0) -> torch.Tensor:
+        return self.writers[write](codes, states)
 
 
 class ContextGenerator(ResidualGenerator):
-    """``generator="context"``, the default: h + scale * W2 gelu(W1 feature + V h), V and W2 at work on the standardised h.
+    """``generator="context"``, the default: h + scale * W2 gelu(W1 feature + V h), V and W2 at work on the standardised h, one
+    of each for each block that is rewritten.
 
     It sees the state that stands there, so one fact can fit in with what the token had gathered from its context.
     """
 
-    def __init__(self, hidden: int, width: int, slots: int) -> None:
-        super().__init__(hidden, width, slots)
-        self.state_in = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, codes: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        return super().forward(codes + self.state_in((states - self.state_mean) / self.state_std), states)
+    context = True
 
 
 FORMS = ("context", "residual", "linear", "mlp")
 
 
-def make_generator(form: str, hidden: int, width: int, slots: int) -> Generator:
+def make_generator(form: str, hidden: int, width: int, slots: int, writes: int) -> Generator:
     """An untrained generator.
 
     Args:
@@ -155,12 +181,13 @@ def make_generator(form: str, hidden: int, width: int, slots: int) -> Generator:
         hidden: width of the model.
         width: of the code, where the form leaves a choice.
         slots: vectors of a feature, where the form leaves a choice.
+        writes: at how many blocks states are rewritten, where the form leaves a choice.
     """
     if form == "linear":
         return OverwriteGenerator(hidden)
     if form == "mlp":
         return MlpGenerator(hidden)
-    return (ContextGenerator if form == "context" else ResidualGenerator)(hidden, width, slots)
+    return (ContextGenerator if form == "context" else ResidualGenerator)(hidden, width, slots, writes)
 
 
 def generator_of(form: str, state: Mapping[str, torch.Tensor]) -> Generator:
@@ -170,9 +197,10 @@ def generator_of(form: str, state: Mapping[str, torch.Tensor]) -> Generator:
         KeyError, ValueError, RuntimeError: they are not those of the form; nothing large is allocated before that is clear.
     """
     first = state["map.weight" if form == "linear" else "map.0.weight" if form == "mlp" else "feature_in.weight"]
-    hidden = len(state["out.bias"]) if form in ("context", "residual") else first.shape[1]
+    hidden = len(state["feature_mean"]) if form in ("context", "residual") else first.shape[1]
+    writes = len({name.split(".")[1] for name in state if name.startswith("writers.")})
     with torch.device("meta"):
-        generator = make_generator(form, hidden, len(first), first.shape[1] // hidden)
+        generator = make_generator(form, hidden, len(first), first.shape[1] // hidden, writes)
     copies = {name: torch.empty_like(t, dtype=torch.float32).copy_(t.detach()) for name, t in state.items()}
     generator.load_state_dict(copies, assign=True)
     return generator.requires_grad_(False)
@@ -183,6 +211,13 @@ def packed(generator: Generator) -> dict[str, torch.Tensor]:
     for that, and are few."""
     state = {name: t.detach().cpu() for name, t in generator.state_dict().items()}
     return {name: t.to(torch.float16 if t.dim() == 2 else torch.float32, copy=True) for name, t in state.items()}
+
+
+def _standard(module: nn.Module, name: str, sample: torch.Tensor) -> None:
+    """Take a mean and a deviation from a sample [n, hidden]."""
+    if len(sample) > 1:
+        module.get_buffer(f"{name}_mean").copy_(sample.mean(0))
+        module.get_buffer(f"{name}_std").copy_(sample.std(0).clamp(min=1e-3 * sample.std()))
 
 
 def _filled(tokens: torch.Tensor) -> torch.Tensor:

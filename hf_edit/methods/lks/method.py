@@ -18,7 +18,7 @@ from ...suffix import frozen
 from .. import Fit, register_method
 from .attach import Rewriting
 from .config import LKSConfig
-from .editor import block_of, checkpoint_path, open_editor
+from .editor import block_of, blocks_from, checkpoint_path, open_editor
 from .examples import build_examples
 from .features import read_features
 from .generator import Generator, generator_of, packed
@@ -57,7 +57,6 @@ class LKS:
             raise ValueError(
                 "train=False edits by a generator that was trained beforehand; give one: editor='bank' or a folder"
             )
-        layout = base.layout()
         if previous is None:
             editor = open_editor(base, config, seed, progress)
             block, trained = editor.layer, editor.num_facts > 0
@@ -66,6 +65,7 @@ class LKS:
             block, trained = _block_of(previous.modules[0]), True
             start = _loaded(config, previous)
         generator = generator_of(config.generator, start.state_dict()).to(base.device)
+        blocks = blocks_from(base, block, generator.writes)
         with frozen(base.model):
             features = read_features(base, block, facts, generator.slots).to(base.device)
             if config.train:
@@ -74,7 +74,7 @@ class LKS:
                 codes_only = trained and not config.released and (previous is not None or len(facts) <= _FEW)
                 with seeded(seed, base.device):
                     codes = train(
-                        base, block, generator, features, examples, config, seed, progress, path, codes_only=codes_only
+                        base, blocks, generator, features, examples, config, seed, progress, path, codes_only=codes_only
                     )
             else:
                 codes = generator.encode(features)
@@ -84,7 +84,7 @@ class LKS:
         codes = codes.detach().float().cpu()
         tensors = {_PREFIX + name: t for name, t in packed(generator).items()} | gate
         tensors[_CODES] = codes if previous is None else torch.cat([previous.tensors[_CODES], codes])
-        return Fit(tensors, (f"{layout.blocks_path}.{block}",), everything)
+        return Fit(tensors, _modules(base, blocks), everything)
 
     def remove(self, fit: Fit, keep: Sequence[int]) -> Fit:
         """The same edit with only the facts `keep`: the others leave the scope and the gate, the generator and all other codes
@@ -118,8 +118,8 @@ class LKS:
             layout = base.layout()
             # an editor brings its own block, everything else the one that the settings name
             free = range(len(layout) - 1) if config.editor != "none" else (block_of(base, config),)
-            blocks = [f"{layout.blocks_path}.{i}" for i in free]
-            if len(fit.modules) != 1 or fit.modules[0] not in blocks or generator.hidden != layout.hidden_size:
+            possible = [_modules(base, blocks_from(base, lowest, generator.writes)) for lowest in free]
+            if fit.modules not in possible or generator.hidden != layout.hidden_size:
                 raise PackFormatError(
                     f"the pack edits {fit.modules}, this model has no such block of {generator.hidden} dimensions"
                 )
@@ -127,8 +127,8 @@ class LKS:
     def attach(self, base: Base, fit: Fit, config: LKSConfig) -> MentionAttachment:
         """See `hf_edit.methods.Method.attach`."""
         generator = _loaded(config, fit).to(base.device).requires_grad_(False)
-        codes, block = fit.tensors[_CODES].to(base.device), _block_of(fit.modules[0])
-        effects = {base.layout().blocks[block]: Rewriting(generator, codes)}
+        codes, blocks = fit.tensors[_CODES].to(base.device), base.layout().blocks
+        effects = {blocks[_block_of(name)]: Rewriting(generator, codes, write) for write, name in enumerate(fit.modules)}
         entities = Entities.of(fit.facts, config.fuzzy)
         return MentionAttachment(base, entities, effects, load_routing(base, fit.tensors, fit.facts))
 
@@ -142,6 +142,10 @@ def _single_letter(facts: Sequence[Fact]) -> str | None:
 def _loaded(config: LKSConfig, fit: Fit) -> Generator:
     state = {name.removeprefix(_PREFIX): t for name, t in fit.tensors.items() if name.startswith(_PREFIX)}
     return generator_of(config.generator, state)
+
+
+def _modules(base: Base, blocks: Sequence[int]) -> tuple[str, ...]:
+    return tuple(f"{base.layout().blocks_path}.{block}" for block in blocks)
 
 
 def _block_of(module: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Collection, Iterator, Sequence
@@ -66,15 +67,22 @@ class _Cached:
     """
 
     def __init__(
-        self, base: Base, block: int, examples: Sequence[Example], drawn: Collection[int], config: LKSConfig, progress: bool
+        self,
+        base: Base,
+        blocks: Sequence[int],
+        examples: Sequence[Example],
+        drawn: Collection[int],
+        config: LKSConfig,
+        progress: bool,
     ) -> None:
         layout = base.layout()
+        self._above = [layout.blocks[block] for block in blocks[1:]]
         exact = caches_exactly(base.model, layout)
         self.store = TensorStore(config.cache_bytes, cache_folder("lks", "training"))
         self.examples = examples
         half = torch.is_autocast_enabled(base.device.type)  # which would read them in half precision anyway
         keep = (lambda t: self.store.keep(t.to(torch.bfloat16))) if half else self.store.keep
-        self.cache = SuffixCache(base.model, layout, block + 1, keep)
+        self.cache = SuffixCache(base.model, layout, blocks[0] + 1, keep)
         self.clean: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(examples)
         self.place = [0] * len(examples)
         order = sorted(drawn, key=lambda i: (len(examples[i].ids), i))
@@ -111,12 +119,17 @@ class _Cached:
         device = batch.inputs.device
         points = [(r, batch.column(r, p), e.fact) for r, e in enumerate(chosen) for p in e.mentions]
         rows, columns, facts = torch.tensor(points, device=device).unbind(1)
-        new = generator(codes(generator, facts), batch.inputs[rows, columns].float())
-        inputs = batch.inputs.index_put((rows, columns), new.to(batch.inputs.dtype))
+        known = codes(generator, facts)
+
+        def rewritten(states: torch.Tensor, write: int) -> torch.Tensor:
+            new = generator(known, states[rows, columns].float(), write)
+            return states.index_put((rows, columns), new.to(states.dtype))
+
+        hooks = {module: functools.partial(rewritten, write=n) for n, module in enumerate(self._above, 1)}
 
         labels = [(r, p) for r, e in enumerate(chosen) for p, _ in e.labels]
         kept = [(r, p) for r, e in enumerate(chosen) for p in e.kept]
-        out = batch.run(labels + kept, inputs=inputs)
+        out = batch.run(labels + kept, inputs=rewritten(batch.inputs, 0), hooks=hooks)
         assert out.logits is not None
         total = torch.zeros((), device=out.logits.device)
         nll = total
@@ -136,7 +149,7 @@ class _Cached:
 
 def train(
     base: Base,
-    block: int,
+    blocks: Sequence[int],
     generator: Generator,
     features: torch.Tensor,
     examples: Examples,
@@ -150,7 +163,7 @@ def train(
     """Train a generator in place, and the facts' codes.
 
     Args:
-        block: the block whose output is rewritten.
+        blocks: the blocks whose outputs are rewritten, from the lowest on.
         features: [facts, slots, hidden], float32.
         examples: the training texts.
         checkpoint: a file for the state between epochs, from which an equal training goes on; gone when it is done.
@@ -178,7 +191,7 @@ def train(
     dtype = config.compute_dtype if steps > 1 or sum(lengths) > _FEW_TOKENS else "model"
     drawn = {i for epoch in range(epochs) for batch in _epoch(index, lengths, config, _lot(seed, epoch)) for i in batch}
     with autocast(device, dtype):
-        cached = _Cached(base, block, flat, drawn, config, progress)
+        cached = _Cached(base, blocks, flat, drawn, config, progress)
     kept = Checkpoint(checkpoint, {"generator": generator, "codes": codes}, optimisers)
     done = kept.resume()
     with bar(epochs * steps, f"training on {len(features)} facts", "step", progress) as shown:
