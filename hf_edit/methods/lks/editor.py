@@ -31,6 +31,7 @@ from .editor_card import editor_card
 from .examples import build_examples
 from .features import general_states, read_features
 from .generator import FORMS, Generator, generator_of, make_generator, packed
+from .retelling import retold
 from .training import train
 
 __all__ = ["LKSEditor", "block_of", "blocks_from", "open_editor"]
@@ -39,7 +40,7 @@ CONFIG_FILE, TENSORS_FILE = "editor_config.json", "editor.safetensors"
 _FORMAT = 1
 _DEPTH = 0.55
 _BANK_FACTS = 1200
-_BANK_EPOCHS = 3
+_BANK_EPOCHS = 6
 _MAX_CONFIG_BYTES = 1 << 16
 _MAX_TENSOR_BYTES = 1 << 33
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -299,7 +300,7 @@ def _fresh(base: Base, config: LKSConfig, seed: int) -> LKSEditor:
 def _from_bank(base: Base, config: LKSConfig, progress: bool) -> LKSEditor:
     """The editor trained on the shipped bank: made once for a model and kept."""
     own = {name: getattr(config, name) for name in ("generator", "width", "target_tokens", "writes", "compute_dtype")}
-    settings = LKSConfig(**own, layer=block_of(base, config), editor="none", epochs=_BANK_EPOCHS, variations=1)
+    settings = LKSConfig(**own, layer=block_of(base, config), editor="none", epochs=_BANK_EPOCHS)
     key = [base.fingerprint, base.tokenizer_fingerprint, settings.to_dict(), _BANK_FACTS, _FORMAT]
     folder = cache_folder("lks", "editors") / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     if located(folder, CONFIG_FILE).exists():
@@ -314,15 +315,18 @@ def _from_bank(base: Base, config: LKSConfig, progress: bool) -> LKSEditor:
 
 def _train(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: int, progress: bool) -> LKSEditor:
     start = open_editor(base, config, seed, progress)
+    tellings = config.passes(len(facts))
+    told = retold(facts, tellings, seed)
+    # a fact's wordings come with its tellings; what it has of its own would not generalise
+    settings = LKSConfig.from_dict({**vars(config), "epochs": tellings, "variations": 0, "code_lr": 0.0})
     with frozen(base.model):
         generator = generator_of(start.form, start.generator.state_dict()).to(base.device)
-        features = read_features(base, start.layer, facts, generator.slots)
-        examples = build_examples(base, facts, config, seed, progress)
+        features = read_features(base, start.layer, told, generator.slots)
+        examples = build_examples(base, told, settings, seed, progress)
         with seeded(seed, base.device):
-            settings = LKSConfig.from_dict({**vars(config), "code_lr": 0.0})  # what a fact has of its own would not generalise
             path = checkpoint_path(base, facts, settings, start.generator, seed)
             blocks = blocks_from(base, start.layer, generator.writes)
-            train(base, blocks, generator, features, examples, settings, seed, progress, path)
+            train(base, blocks, generator, features, examples, settings, seed, progress, path, tellings=tellings)
     known = (base.fingerprint, base.tokenizer_fingerprint, start.num_facts + len(facts), _on_hub(base))
     return LKSEditor(start.form, start.layer, generator_of(start.form, packed(generator)), *known)
 

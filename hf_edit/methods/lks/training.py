@@ -159,6 +159,7 @@ def train(
     checkpoint: Path,
     *,
     codes_only: bool = False,
+    tellings: int = 1,
 ) -> torch.Tensor:
     """Train a generator in place, and the facts' codes.
 
@@ -168,12 +169,15 @@ def train(
         examples: the training texts.
         checkpoint: a file for the state between epochs, from which an equal training goes on; gone when it is done.
         codes_only: leave the generator as it is.
+        tellings: of how many tellings the facts are, one after the other; each pass shows the next.
 
     Returns:
         The facts' codes, [facts, code size].
     """
     flat: list[Example] = []
     index = [_extend(flat, group) for group in ([[e] for e in examples.prompts], examples.variations, examples.locality)]
+    facts = len(features) // tellings
+    told = [[kind[n : n + facts] for kind in index] for n in range(0, len(features), facts)]
     device = base.device
     codes = Codes(features.to(device), generator.code_size)
     code_lr = 0.0 if config.released else (_CODE_LR if config.code_lr is None else config.code_lr)
@@ -186,19 +190,23 @@ def train(
     codes.requires_grad_(bool(code_lr))
     highest = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
     lengths = [len(e.ids) - e.mentions[0] for e in flat]
-    epochs, steps = _plan(index, config)
+    epochs, steps = _plan(told[0], lengths, config)
     # casting the weights costs as much as some hundred tokens, each step
     dtype = config.compute_dtype if steps > 1 or sum(lengths) > _FEW_TOKENS else "model"
-    drawn = {i for epoch in range(epochs) for batch in _epoch(index, lengths, config, _lot(seed, epoch)) for i in batch}
+
+    def batches(epoch: int) -> Iterator[list[int]]:
+        return _epoch(told[epoch % tellings], lengths, config, _lot(seed, epoch))
+
+    drawn = {i for epoch in range(epochs) for batch in batches(epoch) for i in batch}
     with autocast(device, dtype):
         cached = _Cached(base, blocks, flat, drawn, config, progress)
     kept = Checkpoint(checkpoint, {"generator": generator, "codes": codes}, optimisers)
     done = kept.resume()
-    with bar(epochs * steps, f"training on {len(features)} facts", "step", progress) as shown:
+    with bar(epochs * steps, f"training on {facts} facts", "step", progress) as shown:
         shown.update(done * steps)
         for epoch in range(done, epochs):
             losses: list[float] = []
-            for batch in _epoch(index, lengths, config, _lot(seed, epoch)):
+            for batch in batches(epoch):
                 step = min(epoch * steps + len(losses), epochs * steps)
                 for optimiser, lr in zip(optimisers, highest, strict=True):
                     optimiser.param_groups[0]["lr"] = lr * _rate(step, config.warmup_steps, epochs * steps)
@@ -221,10 +229,9 @@ def train(
     return codes.all(generator)
 
 
-def _plan(index: list[list[list[int]]], config: LKSConfig) -> tuple[int, int]:
+def _plan(index: list[list[list[int]]], lengths: list[int], config: LKSConfig) -> tuple[int, int]:
     """How many epochs, and steps in each."""
     facts = len(index[0])
-    lengths = [0] * sum(len(group) for kind in index for group in kind)
     steps = sum(1 for _ in _epoch(index, lengths, config, random.Random(0)))
     return max(config.passes(facts), -(-config.min_steps // steps)), steps
 
