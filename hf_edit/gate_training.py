@@ -14,6 +14,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -32,7 +33,8 @@ from .wording import Words, agreement, asked_words, word_ids, word_weights
 __all__ = ["train_gate"]
 
 _PREFIX = "gate."
-_VERSION = 3  # of texts and training: another number is another entry in the cache
+_OTHERS = "scores of other questions"  # per thousand of them, those that score no more
+_VERSION = 4  # of texts and training: another number is another entry in the cache
 _SIZE = 64
 _GROUPS = 160
 _RELATIONS = 6
@@ -43,7 +45,6 @@ _PAIRS_A_STEP = 3000
 _DROPOUT = 0.3
 _HEAD = (7.0, 9.0, 9.0, -9.0)
 _HELD_OUT = 0.1
-_QUIET = 0.97  # of other questions, on relations held out; they are harder to tell apart than facts' in the wild
 _RIDGE = 0.3
 
 _LINKS = (
@@ -144,7 +145,7 @@ class _Read:
         return replace(self, states=self.states[keep], words=self.words[keep], there=self.there[keep], labels=self.labels[keep])
 
 
-def train_gate(base: Base, block: int, *, seed: int = 0, progress: bool = False) -> Gate:
+def train_gate(base: Base, block: int, *, quiet: float = 0.97, seed: int = 0, progress: bool = False) -> Gate:
     """A gate for a model, trained on the package's own wordings.
 
     That takes some three minutes of a CPU core for a model of 135M parameters, once a model; the result is kept in the cache.
@@ -154,21 +155,32 @@ def train_gate(base: Base, block: int, *, seed: int = 0, progress: bool = False)
     Args:
         base: the clean model.
         block: whose output the gate reads, see `hf_edit.gate.gate_block`.
+        quiet: the share of other questions about a subject that stay below the threshold, on relations that the training has
+            not seen. They are harder to tell apart than facts' in the wild.
         seed: of everything random.
         progress: show progress bars for what takes longer than two seconds.
     """
     path = cache_folder("gates", base.fingerprint) / f"{base.tokenizer_fingerprint}-{block}-{seed}-v{_VERSION}.safetensors"
+    kept = _kept(path, base)
+    if kept is None:
+        with frozen(base.model), seeded(seed, base.device):
+            kept = _fitted(_read(base, block, _bank_prompts(base, seed), progress), seed)
+        with atomic_path(path) as target:
+            save_file({**kept[0].tensors(_PREFIX), _OTHERS: kept[1]}, target)
+    gate, others = kept
+    return replace(gate, threshold=others[[round(quiet * (len(others) - 1))]])
+
+
+def _kept(path: Path, base: Base) -> tuple[Gate, torch.Tensor] | None:
+    """A gate from the cache with the scores of other questions; None where it is not there, or damaged."""
     try:
-        gate = Gate.from_tensors(load_file(path), _PREFIX, base.layout().hidden_size, embedding_size(base))
-        if gate is not None:
-            return gate
-    except (FileNotFoundError, ValueError, SafetensorError):
-        pass  # nothing there, or damaged: made anew
-    with frozen(base.model), seeded(seed, base.device):
-        gate = _fitted(_read(base, block, _bank_prompts(base, seed), progress), seed)
-    with atomic_path(path) as target:
-        save_file(gate.tensors(_PREFIX), target)
-    return gate
+        tensors = load_file(path)
+        others = tensors.pop(_OTHERS)
+        gate = Gate.from_tensors(tensors, _PREFIX, base.layout().hidden_size, embedding_size(base))
+    except (FileNotFoundError, KeyError, ValueError, SafetensorError):
+        return None
+    good = others.dim() == 1 and len(others) > 1 and bool(others.isfinite().all())
+    return (gate, others) if gate is not None and good else None
 
 
 def _read(base: Base, block: int, prompts: Sequence[_Prompt], progress: bool) -> _Read:
@@ -284,12 +296,14 @@ class _Writer:
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def _fitted(read: _Read, seed: int) -> Gate:
-    """A gate that has learned from most relations; its threshold is taken from those that it has not seen."""
+def _fitted(read: _Read, seed: int) -> tuple[Gate, torch.Tensor]:
+    """A gate that has learned from most relations; and from those that it has not seen, the scores that each thousandth of
+    other questions stays below, from which a threshold is taken."""
     relations = sorted({int(r) for r in read.labels[:, 1]})
     held_out = set(random.Random(seed).sample(relations, round(_HELD_OUT * len(relations))))
     gate = _descended(read.without(held_out), seed)
-    return replace(gate, threshold=torch.tensor([_threshold(gate, read, held_out)]))
+    anchors, queries, same = read.pairs(held_out)
+    return gate, _scores(gate, read, anchors, queries)[~same].cpu().quantile(torch.linspace(0, 1, 1001))
 
 
 def _discriminant(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -407,12 +421,6 @@ def _batches(groups: torch.Tensor, generator: torch.Generator) -> Iterator[torch
         shuffled = torch.randperm(len(pieces), generator=generator).tolist()
         for first in range(0, len(shuffled), _GROUPS_A_STEP):
             yield torch.cat([pieces[i] for i in shuffled[first : first + _GROUPS_A_STEP]])
-
-
-def _threshold(gate: Gate, read: _Read, held_out: set[int]) -> float:
-    """The threshold at which other questions stay quiet, but for a few."""
-    anchors, queries, same = read.pairs(held_out)
-    return float(_scores(gate, read, anchors, queries)[~same].quantile(_QUIET))
 
 
 def _scores(gate: Gate, read: _Read, anchors: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:

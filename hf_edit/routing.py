@@ -72,6 +72,7 @@ def fit_routing(
     clean: Callable[[], AbstractContextManager[None]],
     seed: int,
     progress: bool,
+    quiet: float,
     highest: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """The tensors of a gate for facts.
@@ -81,6 +82,7 @@ def fit_routing(
         facts: all facts of the pack, those that it had before in front.
         previous: the tensors that the pack had before; its gate stays as it is.
         clean: gives a context in which the model is free of edits: there the gate is trained, because its training is kept.
+        quiet: the share of other questions that a new gate keeps quiet, see `hf_edit.gate_training.train_gate`.
         highest: the last block that the gate may read, for edits that are made behind it in the same run.
     """
     gate = Gate.from_tensors(previous, GATE)
@@ -88,7 +90,7 @@ def fit_routing(
     read_at = gate_block(base.layout(), highest) if gate is None else int(previous[_BLOCK])
     if gate is None:
         with clean():
-            gate = train_gate(base, read_at, seed=seed, progress=progress)
+            gate = train_gate(base, read_at, quiet=quiet, seed=seed, progress=progress)
     new = facts if known is None else facts[len(known) :]
     end = PromptEnd(base.tokenizer)
     rows = [base.tokenizer(f.question)["input_ids"] for f in new]

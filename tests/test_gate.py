@@ -7,10 +7,12 @@ import re
 import pytest
 import torch
 from conftest import QUICK_LKS, tiny_model
+from safetensors.torch import load_file, save_file
 
 from hf_edit import EditPack, Fact
 from hf_edit import gate_training as training
 from hf_edit.base import Base
+from hf_edit.cache import cache_folder
 from hf_edit.errors import PackFormatError
 from hf_edit.gate import Gate, PromptEnd, asks_about_another
 from hf_edit.questions import asked_relations, other_wordings, subjects
@@ -77,6 +79,21 @@ def test_training_is_done_once_a_model_and_gives_the_same_gate_again(base, quick
     monkeypatch.setattr(training, "_read", none)
     again = training.train_gate(base, 3, seed=0)
     assert all(torch.equal(t, again.tensors("")[name]) for name, t in first.tensors("").items())
+
+
+def test_a_quieter_gate_has_a_higher_threshold_and_is_the_same_otherwise(base, quick_gate, monkeypatch):
+    gates = [training.train_gate(base, 3, quiet=share).tensors("") for share in (0.6, 0.97)]
+    assert float(gates[0].pop("threshold")) < float(gates[1].pop("threshold"))
+    assert all(torch.equal(t, gates[1][name]) for name, t in gates[0].items())
+
+
+def test_a_damaged_gate_in_the_cache_is_trained_anew(base, quick_gate):
+    first = training.train_gate(base, 3).tensors("")
+    (path,) = (cache_folder("gates", base.fingerprint)).glob("*.safetensors")
+    for damage in ({"gate.mean": torch.zeros(2)}, {**load_file(path), training._OTHERS: torch.zeros(0)}):
+        save_file(damage, path)
+        again = training.train_gate(base, 3).tensors("")
+        assert all(torch.equal(t, again[name]) for name, t in first.items())
 
 
 def test_a_prompt_ends_with_its_content_whatever_stands_behind(tokenizer):

@@ -13,6 +13,7 @@ from conftest import FACTS, QUICK_LKS, same, snapshot, tiny_model
 from hf_edit import BaseMismatchError, EditableModelForCausalLM, Fact, LKSEditor
 from hf_edit.methods.lks import bank_facts, checkpoint, editor, swap_entity, training
 from hf_edit.methods.lks.features import read_features
+from hf_edit.methods.lks.retelling import retold
 from hf_edit.methods.lks.store import TensorStore
 
 FEW = {**QUICK_LKS, "min_steps": 12}
@@ -66,6 +67,24 @@ def test_a_training_from_disk_gives_the_pack_that_one_from_memory_gives(llama):
     _edit(llama, **FEW, cache_bytes=0)
     on_disk = llama.packs["default"]
     assert all(torch.equal(t, on_disk.tensors[name]) for name, t in from_memory.tensors.items())
+
+
+def test_an_editor_is_told_other_targets_in_other_wordings_each_time():
+    facts = [
+        Fact("France", "The capital of {} is", "Rome", rephrases=("France is ruled from", "In Frances hills,", "Francesco is")),
+        Fact("Spain", "The capital of {} is", "Oslo"),
+        Fact("Germany", "The capital of {} is", "Paris"),
+    ]
+    told = retold(facts, 40, seed=0)
+    assert told == retold(facts, 40, seed=0)
+    assert told[:3] == facts
+    assert [fact.subject for fact in told] == [fact.subject for fact in facts] * 40
+    france = told[3::3]
+    assert len({fact.target for fact in france}) > 20
+    wordings = {fact.prompt for fact in france}
+    assert {"The capital of {} is", "{} is ruled from"} < wordings  # and the package's
+    assert not {"{}sco is", "In {}s hills,"} & wordings  # these don't name it as a word
+    assert not any(fact.subject.casefold() in fact.target.casefold() for fact in told)
 
 
 def test_a_training_that_was_stopped_goes_on_where_it_was(llama, monkeypatch):

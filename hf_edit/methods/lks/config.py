@@ -26,7 +26,7 @@ class LKSConfig(EditConfig):
         ValueError: a setting is out of range.
     """
 
-    structural = ("layer", "generator", "width", "target_tokens", "writes")
+    structural = ("layer", "generator", "width", "target_tokens", "writes", "gate_quiet")
 
     layer: int | None = setting(None, "lowest block whose output is rewritten; by default the one at 55 % of the depth")
     writes: int = setting(
@@ -71,6 +71,11 @@ class LKSConfig(EditConfig):
     gate: bool = setting(
         True, "let the prompt as a whole decide which of a subject's facts is asked for; without it its newest always holds"
     )
+    gate_quiet: float = setting(
+        0.97,
+        "share of other questions about a subject that the gate keeps quiet, counted on relations that it was not trained on; "
+        "the lower, the farther paraphrases it lets through",
+    )
     fuzzy: bool = setting(False, "also find names of eight letters or more with one typing mistake; costs some 0.2 ms a prompt")
     train_on_rephrases: bool = setting(
         False, "train on the facts' own rephrases and locality questions, which then can't measure the edit any more"
@@ -91,6 +96,7 @@ class LKSConfig(EditConfig):
         require(self.epochs is None or self.epochs >= 1, "epochs must be at least 1")
         require(self.variations is None or self.variations >= 0, "variations must not be negative")
         require(self.code_lr is None or self.code_lr >= 0, "code_lr must not be negative")
+        require(0 < self.gate_quiet < 1, "gate_quiet is a share between 0 and 1")
         require(0 <= self.locality_share <= 1, "locality_share is a share, from 0 to 1")
         require(self.width <= 64, "width must be at most 64")
         require(self.target_tokens <= 64, "target_tokens must be at most 64")

@@ -112,7 +112,9 @@ class LKSEditor(PushToHub):
             model: an `EditableModelForCausalLM`; its edits are off meanwhile.
             facts: as for `model.edit`, the more and the more varied the better; what they say does not matter, as the editor
                 learns to put in what it is told. By default made-up facts on the subjects of the shipped bank.
-            config: of the training; single settings by name. `editor` is what it begins with, by default nothing.
+            config: of the training; single settings by name. `editor` is what it begins with, by default nothing. Each of the
+                `epochs` tells the facts anew, in another of their wordings, `rephrases` among them, and most with another
+                target: told the same again, it would learn them by heart.
 
         Raises:
             ValueError: a setting is wrong, or names a generator of a released form, which each edit trains from scratch.

@@ -80,7 +80,9 @@ class LKS:
                 codes = generator.encode(features)
             everything = (*(previous.facts if previous else ()), *facts)
             known = previous.tensors if previous else {}
-            gate = fit_routing(base, everything, known, clean, seed, progress, highest=block) if config.gate else {}
+            gate: dict[str, torch.Tensor] = {}
+            if config.gate:
+                gate = fit_routing(base, everything, known, clean, seed, progress, config.gate_quiet, highest=block)
         codes = codes.detach().float().cpu()
         tensors = {_PREFIX + name: t for name, t in packed(generator).items()} | gate
         tensors[_CODES] = codes if previous is None else torch.cat([previous.tensors[_CODES], codes])

@@ -44,7 +44,7 @@ class SteamConfig(EditConfig):
         ValueError: a setting is out of range.
     """
 
-    structural = ("edit_module", "gate")
+    structural = ("edit_module", "gate", "gate_quiet")
 
     base_editor: str | None = setting(
         None, "'rome', 'r_rome', 'memit' or 'alphaedit'; by default MEMIT for several facts, ROME for one, and behind a gate"
@@ -82,6 +82,11 @@ class SteamConfig(EditConfig):
         False,
         "keep the edit beside the weights: each fact by itself, on for prompts that ask for it. Other answers about its "
         "subject and all other text stay the clean model's, but the edit can't be merged or exported",
+    )
+    gate_quiet: float = setting(
+        0.97,
+        "share of other questions about a subject that the gate keeps quiet, counted on relations that it was not trained on; "
+        "the lower, the farther paraphrases it lets through",
     )
     retries: int = setting(
         2, "how often the values of facts that did not land are optimised further, in the edited model, and all inserted anew"
@@ -149,6 +154,7 @@ class SteamConfig(EditConfig):
         require(self.bare_share is None or 0 < self.bare_share <= 1, "bare_share is a share of 1, above 0")
         require(self.kept_prompts <= len(GENERIC_PROMPTS), f"kept_prompts is at most {len(GENERIC_PROMPTS)}")
 
+        require(0 < self.gate_quiet < 1, "gate_quiet is a share between 0 and 1")
         require(
             not self.gate or self.base_editor in (None, *ONE_BY_ONE),
             f"with a gate each fact is inserted by itself: base_editor is one of {', '.join(sorted(ONE_BY_ONE))}, not "

@@ -102,7 +102,7 @@ class Steam:
                 if not config.gate:  # behind a gate, facts never meet
                     stack.enter_context(job.in_force(updates))
             everything = (*(previous.facts if previous else ()), *facts)
-            gate = fit_routing(base, everything, before, clean, seed, progress) if config.gate else {}
+            gate = fit_routing(base, everything, before, clean, seed, progress, config.gate_quiet) if config.gate else {}
         notes = {str(f.id): _note(n) for f, n in zip(facts, anchors.counts, strict=True)} if anchors else {}
         modules = tuple(sorted({name.rpartition(".")[0] for name in tensors}))
         ordered = (facts[i] for group in groups for i in group)
