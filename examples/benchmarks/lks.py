@@ -12,8 +12,8 @@ such as CounterFact or zsRE with the fields of the LKS paper. The arms, each on 
 
 Of contradictory facts the newest counts. The last rows of the file, on subjects of their own, are the unrelated prompts. The
 metrics are those of `hf_edit.metrics`, in free generation and teacher-forced, on --evaluated facts spread evenly over all.
-*Fires* is the share of unrelated prompts in which the scope finds an edited subject. *Generation* is the time that 20 greedy
-tokens take with the edits, relative to the clean model: the median of paired runs in turns.
+*Fires* is the share of unrelated prompts in which the scope finds an edited subject. *Generation* is the time that --tokens
+greedy tokens behind a batch of --prompts take with the edits, relative to the clean model: the median of paired runs in turns.
 
 With --output, what is finished is kept and not computed again, and so are the packs.
 """
@@ -122,9 +122,8 @@ def measure(
     return found | {"unrelated, tokens": round(100 * others["same_subject.tokens"].mean, 1)}
 
 
-def generation_cost(model: Any, facts: Sequence[Fact], runs: int, tokens: int = 20) -> float:
+def generation_cost(model: Any, prompts: Sequence[str], runs: int, tokens: int) -> float:
     """How long the model takes to go on behind prompts, relative to the model without edits: median of paired runs."""
-    prompts = [f.question for f in facts[:8]]
 
     def seconds() -> float:
         started = time.perf_counter()
@@ -164,7 +163,8 @@ def run_arm(arm: str, model: Any, facts: list[Fact], unrelated: Sequence[Fact], 
         if options.text:
             found["perplexity, given text"] = round(perplexity(model, options.text.read_text("utf-8").splitlines()), 2)
         if options.runs:
-            found["generation"] = round(generation_cost(model, asked, options.runs), 3)
+            prompts = [f.question for f in asked[: options.prompts]]
+            found["generation"] = round(generation_cost(model, prompts, options.runs, options.tokens), 3)
     finally:
         model.rollback()
     return found
@@ -183,6 +183,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--unrelated", type=int, default=200, help="rows at the end of the file that are unrelated prompts")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the arm lks; repeatable")
     parser.add_argument("--runs", type=int, default=20, help="paired runs for the cost of generation; 0 leaves it out")
+    parser.add_argument("--tokens", type=int, default=20, help="tokens that are generated in each of them (default: 20)")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts in each of them (default: 8)")
     parser.add_argument("--text", type=Path, help="ordinary text, a text a line, for a second perplexity")
     parser.add_argument("--batch-size", type=int, default=32, help="texts in a forward of the evaluation")
     parser.add_argument("--seed", type=int, default=0)
@@ -219,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 options.evaluated,
                 options.seed,
             ]
-            own = [options.settings if arm == "lks" else {}, options.runs, str(options.text), str(options.model)]
+            own = [options.settings if arm == "lks" else {}, options.runs, options.tokens, options.prompts]
+            own += [str(options.text), str(options.model)]
             key = hashlib.sha256(json.dumps([given, own]).encode()).hexdigest()[:24]
             if key not in results:
                 results[key] = run_arm(arm, model, facts[:size], unrelated, options)

@@ -323,7 +323,7 @@ def _train(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: int, prog
     settings = LKSConfig.from_dict({**vars(config), "epochs": tellings, "variations": 0, "code_lr": 0.0})
     with frozen(base.model):
         generator = generator_of(start.form, start.generator.state_dict()).to(base.device)
-        features = read_features(base, start.layer, told, generator.slots)
+        features = read_features(base, start.layer, told, generator.slots, progress)
         examples = build_examples(base, told, settings, seed, progress)
         with seeded(seed, base.device):
             path = checkpoint_path(base, facts, settings, start.generator, seed)

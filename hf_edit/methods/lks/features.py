@@ -13,26 +13,36 @@ import torch
 from ...base import Base
 from ...facts import Fact
 from ...positions import EncodedText, Text, encode, fact_text, join
+from ...progress import bar
 from ...references import bank
 from ...suffix import read_keys_and_states
 
 __all__ = ["general_states", "read_features"]
 
 _GENERAL_TEXTS = 128
+_GROUP = 512  # facts that are read at a time
 
 
-def read_features(base: Base, block: int, facts: Sequence[Fact], slots: int) -> torch.Tensor:
+def read_features(base: Base, block: int, facts: Sequence[Fact], slots: int, progress: bool = False) -> torch.Tensor:
     """Features of facts, on the model without the edit.
 
     Args:
         block: the block whose output is read.
         slots: vectors of a feature.
+        progress: show a bar if it takes longer than two seconds.
 
     Returns:
         float32 [facts, slots, hidden]: the block's output at the target's last token, then the input embeddings of the
         target's tokens one by one, the mean of all that are left in the last slot. Zeros where the target is shorter.
     """
-    return _features(base, block, encode(base.tokenizer, [fact_text(f, target=f.target) for f in facts]), slots)
+    found = []
+    with bar(len(facts), "reading facts", "fact", progress) as shown:
+        for first in range(0, len(facts), _GROUP):
+            group = facts[first : first + _GROUP]
+            texts = encode(base.tokenizer, [fact_text(f, target=f.target) for f in group])
+            found.append(_features(base, block, texts, slots))
+            shown.update(len(group))
+    return torch.cat(found)
 
 
 def general_states(base: Base, blocks: Sequence[int], slots: int) -> tuple[torch.Tensor, list[torch.Tensor]]:

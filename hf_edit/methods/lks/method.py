@@ -67,7 +67,7 @@ class LKS:
         generator = generator_of(config.generator, start.state_dict()).to(base.device)
         blocks = blocks_from(base, block, generator.writes)
         with frozen(base.model):
-            features = read_features(base, block, facts, generator.slots).to(base.device)
+            features = read_features(base, block, facts, generator.slots, progress).to(base.device)
             if config.train:
                 examples = build_examples(base, facts, config, seed, progress)
                 path = checkpoint_path(base, facts, config, start, seed)
