@@ -344,7 +344,7 @@ def test_tensors_that_are_not_the_methods(world, tmp_path, method, change, match
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_a_generator_that_divides_by_nothing(world, lks_pack, value):
     def flatten(tensors):
-        tensors["generator.state_std"][3] = value
+        tensors["generator.writers.0.state_std"][3] = value
 
     world.refuses(rewrite(lks_pack, tensors=flatten), PackFormatError, "deviations")
 

@@ -46,7 +46,7 @@ def test_facts_that_the_model_knows_are_changed_told_fluently_shared_and_taken_b
         assert says(answer, right), answer
 
     model.save_pretrained(tmp_path / "pack")
-    assert sum(f.stat().st_size for f in (tmp_path / "pack").iterdir()) < (2e6 if method == "steam" else 10e6)
+    assert sum(f.stat().st_size for f in (tmp_path / "pack").iterdir()) < (2e6 if method == "steam" else 16e6)
     again = EditableModelForCausalLM.from_pretrained(tmp_path / "pack")
     ids = torch.tensor([model.tokenizer(FACTS[0].question)["input_ids"]])
     with torch.no_grad():
