@@ -183,7 +183,6 @@ QUICK_LKS = {
     "code_lr": 0.2,
     "tail_tokens": 2,
     "locality_prompts": 1,
-    "retries": 0,
     "gate": False,
 }
 

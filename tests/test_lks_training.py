@@ -87,27 +87,6 @@ def test_an_editor_is_told_other_targets_in_other_wordings_each_time():
     assert not any(fact.subject.casefold() in fact.target.casefold() for fact in told)
 
 
-def test_a_fact_that_did_not_land_trains_its_own_code_further_and_nothing_else(llama, monkeypatch):
-    loss = training._Cached.loss
-
-    def only_the_first(*args):
-        total, nll, missed = loss(*args)
-        return total, nll, [fact for fact in missed if fact == 0]
-
-    monkeypatch.setattr(training._Cached, "loss", only_the_first)
-    packs, probabilities = [], []
-    for retries in (0, 100):
-        probabilities.append([row.probability for row in _edit(llama, **{**FEW, "verify": True, "retries": retries})])
-        packs.append(dict(llama.packs["default"].tensors))
-        llama.rollback()
-    codes = [pack.pop("codes") for pack in packs]
-    assert not torch.equal(codes[0][0], codes[1][0])
-    assert torch.equal(codes[0][1:], codes[1][1:])
-    assert all(torch.equal(t, packs[1][name]) for name, t in packs[0].items())
-    assert probabilities[1][0] > 1.1 * probabilities[0][0]
-    assert probabilities[1][1:] == probabilities[0][1:]
-
-
 def test_a_training_that_was_stopped_goes_on_where_it_was(llama, monkeypatch):
     monkeypatch.setattr(checkpoint, "_EVERY", 0.0)
     save, loss = checkpoint.Checkpoint.save, training._Cached.loss

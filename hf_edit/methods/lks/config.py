@@ -52,9 +52,6 @@ class LKSConfig(EditConfig):
     )
     min_steps: int = setting(40, "steps at least, where few facts make short epochs")
     batch_size: int = setting(48, "texts a step")
-    retries: int = setting(
-        16, "passes at most over facts that did not land, which train the codes of those alone; 0 leaves them as they are"
-    )
     lr: float = setting(1e-3, "highest step size of AdamW for the generator; it falls along a cosine")
     code_lr: float | None = setting(
         None, "the same for each fact's own code, beside what the generator makes of its feature; 0 trains the generator only"
@@ -91,7 +88,7 @@ class LKSConfig(EditConfig):
             require(getattr(self, name) >= 1, f"{name} must be at least 1")
         for name in (
             "warmup_steps", "kl_weight", "tail_weight", "contexts", "locality_prompts", "tail_tokens", "target_tokens",
-            "cache_bytes", "retries",
+            "cache_bytes",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name} must not be negative")
         for name in ("lr", "width"):

@@ -109,9 +109,9 @@ class _Cached:
 
     def loss(
         self, indices: Sequence[int], generator: Generator, codes: Codes, config: LKSConfig
-    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """Mean over the texts of NLL and weighted KL, each a mean over a text's own positions; the mean NLL of those that have
-        a target, without a gradient; and the facts of texts in which a token of the target is not the likeliest."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean over the texts of NLL and weighted KL, each a mean over a text's own positions; and the mean NLL of those that
+        have a target, without a gradient."""
         batch = self.cache.batch([self.place[i] for i in indices])
         self.store.release()
         chosen = [self.examples[i] for i in indices]
@@ -132,21 +132,19 @@ class _Cached:
         out = batch.run(labels + kept, inputs=rewritten(batch.inputs, 0), hooks=hooks)
         assert out.logits is not None
         total = torch.zeros((), device=out.logits.device)
-        nll, missed = total, []
+        nll = total
         if labels:
             wanted = torch.tensor([token for e in chosen for _, token in e.labels], device=total.device)
             weights = torch.tensor([1 / len(e.labels) for e in chosen for _ in e.labels], device=total.device)
             nll = (nn.functional.cross_entropy(out.logits[: len(labels)], wanted, reduction="none") * weights).sum()
             total = total + nll
-            wrong = (out.logits[: len(labels)].argmax(-1) != wanted).tolist()
-            missed = [chosen[r].fact for (r, _), miss in zip(labels, wrong, strict=True) if miss]
         if kept:
             of_kept = [self.clean[i] for i in indices if self.examples[i].kept]
             tokens, clean = (torch.cat([t.to(total.device) for t in part]) for part in zip(*of_kept, strict=True))
             share = {True: config.tail_weight, False: config.kl_weight}
             weights = torch.tensor([share[bool(e.labels)] / len(e.kept) for e in chosen for _ in e.kept], device=total.device)
             total = total + (_kl(out.logits[len(labels) :], tokens.long(), clean) * weights).sum()
-        return total / len(chosen), nll.detach() / max(1, sum(bool(e.labels) for e in chosen)), missed
+        return total / len(chosen), nll.detach() / max(1, sum(bool(e.labels) for e in chosen))
 
 
 def train(
@@ -196,10 +194,10 @@ def train(
     # casting the weights costs as much as some hundred tokens, each step
     dtype = config.compute_dtype if steps > 1 or sum(lengths) > _FEW_TOKENS else "model"
 
-    def shown_in(epoch: int) -> Iterator[list[int]]:
+    def batches(epoch: int) -> Iterator[list[int]]:
         return _epoch(told[epoch % tellings], lengths, config, _lot(seed, epoch))
 
-    drawn = {i for epoch in range(epochs) for batch in shown_in(epoch) for i in batch}
+    drawn = {i for epoch in range(epochs) for batch in batches(epoch) for i in batch}
     with autocast(device, dtype):
         cached = _Cached(base, blocks, flat, drawn, config, progress)
     kept = Checkpoint(checkpoint, {"generator": generator, "codes": codes}, optimisers)
@@ -208,13 +206,13 @@ def train(
         shown.update(done * steps)
         for epoch in range(done, epochs):
             losses: list[float] = []
-            for batch in shown_in(epoch):
+            for batch in batches(epoch):
                 step = min(epoch * steps + len(losses), epochs * steps)
                 for optimiser, lr in zip(optimisers, highest, strict=True):
                     optimiser.param_groups[0]["lr"] = lr * _rate(step, config.warmup_steps, epochs * steps)
                     optimiser.zero_grad()
                 with autocast(device, dtype):
-                    loss, nll, _ = cached.loss(batch, generator, codes, config)
+                    loss, nll = cached.loss(batch, generator, codes, config)
                 loss.backward()
                 if not codes_only:
                     nn.utils.clip_grad_norm_(generator.parameters(), _CLIP)
@@ -226,51 +224,9 @@ def train(
             kept.save(epoch + 1)
             if (epoch + 1) * steps >= config.min_steps and max(losses) < _GOOD_ENOUGH:
                 break
-    generator.requires_grad_(False)
-    if code_lr and config.retries:
-        own = [[[i for i in group if i in drawn] for group in kind] for kind in index]
-        _land(cached, own, lengths, generator, codes, code_lr, dtype, config, seed, progress)
     kept.remove()
+    generator.requires_grad_(False)
     return codes.all(generator)
-
-
-def _land(
-    cached: _Cached,
-    index: list[list[list[int]]],
-    lengths: list[int],
-    generator: Generator,
-    codes: Codes,
-    lr: float,
-    dtype: str,
-    config: LKSConfig,
-    seed: int,
-    progress: bool,
-) -> None:
-    """Train the codes of facts that did not land further, up to `config.retries` passes over those that still don't; the
-    generator and all other codes stay as they are."""
-    device = codes.features.device
-    every = [i for kind in index[:2] for group in kind for i in group]
-    short: set[int] = set()
-    with torch.no_grad(), autocast(device, dtype):
-        for batch in _batches(every, lengths, config.batch_size):
-            short.update(cached.loss(batch, generator, codes, config)[2])
-    optimiser = torch.optim.SparseAdam(codes.parameters(), lr=lr)
-    with bar(config.retries, f"training on {len(short)} facts that did not land", "pass", progress) as shown:
-        for retry in range(config.retries if short else 0):
-            part = [[kind[fact] for fact in sorted(short)] for kind in index]
-            missed: set[int] = set()
-            optimiser.param_groups[0]["lr"] = lr * _rate(retry, 0, config.retries)
-            for batch in _epoch(part, lengths, config, _lot(seed, -1 - retry)):
-                optimiser.zero_grad()
-                with autocast(device, dtype):
-                    loss, _, wrong = cached.loss(batch, generator, codes, config)
-                loss.backward()
-                optimiser.step()
-                missed.update(wrong)
-            shown.update()
-            short = missed
-            if not short:
-                break
 
 
 def _plan(index: list[list[list[int]]], lengths: list[int], config: LKSConfig) -> tuple[int, int]:
@@ -287,19 +243,14 @@ def _epoch(index: list[list[list[int]]], lengths: list[int], config: LKSConfig, 
     asked = rng.sample(asked, round(config.locality_share * len(asked)))
     chosen = [rng.choice(group) for kind in (prompts, variations, asked) for group in kind if group]
     rng.shuffle(chosen)
-    batches = _batches(chosen, lengths, config.batch_size)
-    rng.shuffle(batches)
-    yield from batches
-
-
-def _batches(chosen: Sequence[int], lengths: list[int], size: int) -> list[list[int]]:
-    """Texts in batches of similar length, of neighbours where they are many."""
+    size = config.batch_size
     batches = []
     for first in range(0, len(chosen), _POOL * size):
         pool = sorted(chosen[first : first + _POOL * size], key=lambda i: lengths[i])
         even = -(-len(pool) // -(-len(pool) // size))
         batches += [pool[i : i + even] for i in range(0, len(pool), even)]
-    return batches
+    rng.shuffle(batches)
+    yield from batches
 
 
 def _lot(seed: int, epoch: int) -> random.Random:
