@@ -26,6 +26,7 @@ def _benchmark(name):
     spec = importlib.util.spec_from_file_location(f"{name}_benchmark", _FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(_FOLDER)  # where a script finds its neighbours
         patch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
         yield module
