@@ -87,13 +87,18 @@ def test_a_quieter_gate_has_a_higher_threshold_and_is_the_same_otherwise(base, q
     assert all(torch.equal(t, gates[1][name]) for name, t in gates[0].items())
 
 
-def test_a_damaged_gate_in_the_cache_is_trained_anew(base, quick_gate):
-    first = training.train_gate(base, 3).tensors("")
-    (path,) = (cache_folder("gates", base.fingerprint)).glob("*.safetensors")
+def test_a_damaged_gate_in_the_cache_is_trained_anew(base, quick_gate, monkeypatch):
+    read, times = training._read, []
+    monkeypatch.setattr(training, "_read", lambda *args: times.append(1) or read(*args))
+    training.train_gate(base, 3)
+    (path,) = cache_folder("gates", base.fingerprint).glob("*.safetensors")
     for damage in ({"gate.mean": torch.zeros(2)}, {**load_file(path), training._OTHERS: torch.zeros(0)}):
+        times.clear()
         save_file(damage, path)
-        again = training.train_gate(base, 3).tensors("")
-        assert all(torch.equal(t, again[name]) for name, t in first.items())
+        made = training.train_gate(base, 3).tensors("")
+        kept = training.train_gate(base, 3).tensors("")
+        assert len(times) == 1  # and what is in the cache then is whole
+        assert all(torch.equal(t, kept[name]) for name, t in made.items())
 
 
 def test_a_prompt_ends_with_its_content_whatever_stands_behind(tokenizer):

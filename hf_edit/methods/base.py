@@ -27,6 +27,15 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def gate_quiet_setting() -> Any:
+    """The field `gate_quiet` of the methods that have a gate."""
+    return setting(
+        0.97,
+        "share of other questions about a subject that the gate keeps quiet, counted on relations that it was not trained on; "
+        "the lower, the farther paraphrases it lets through",
+    )
+
+
 @dataclass(frozen=True)
 class EditConfig:
     """Base of the methods' configurations: one documented field a setting, plain JSON types throughout."""

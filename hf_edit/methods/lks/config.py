@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...hub import is_repo_id
-from ..base import EditConfig, require, setting
+from ..base import EditConfig, gate_quiet_setting, require, setting
 from .generator import FORMS
 
 __all__ = ["RELEASED", "LKSConfig"]
@@ -71,11 +71,7 @@ class LKSConfig(EditConfig):
     gate: bool = setting(
         True, "let the prompt as a whole decide which of a subject's facts is asked for; without it its newest always holds"
     )
-    gate_quiet: float = setting(
-        0.97,
-        "share of other questions about a subject that the gate keeps quiet, counted on relations that it was not trained on; "
-        "the lower, the farther paraphrases it lets through",
-    )
+    gate_quiet: float = gate_quiet_setting()
     fuzzy: bool = setting(False, "also find names of eight letters or more with one typing mistake; costs some 0.2 ms a prompt")
     train_on_rephrases: bool = setting(
         False, "train on the facts' own rephrases and locality questions, which then can't measure the edit any more"

@@ -92,8 +92,8 @@ class MlpGenerator(OverwriteGenerator):
 class _Writer(nn.Module):
     """What a generator has for one block: the way out of the code, and how the states there are scaled.
 
-    `scale` is the deviation of the states that are rewritten, so that one step size serves any model; `out` is zero to begin
-    with: untrained, it changes nothing.
+    What it adds is scaled by the deviation of the states that are rewritten, so that one step size serves any model; `out` is
+    zero to begin with: untrained, it changes nothing.
     """
 
     def __init__(self, hidden: int, width: int, context: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ...hub import is_repo_id
 from ...weights.editors import EDITORS, ONE_BY_ONE
 from ...weights.prompts import GENERIC_PROMPTS
-from ..base import EditConfig, require, setting
+from ..base import EditConfig, gate_quiet_setting, require, setting
 from .anchors import AnchorSettings
 
 __all__ = ["BaselineConfig", "SteamConfig"]
@@ -83,11 +83,7 @@ class SteamConfig(EditConfig):
         "keep the edit beside the weights: each fact by itself, on for prompts that ask for it. Other answers about its "
         "subject and all other text stay the clean model's, but the edit can't be merged or exported",
     )
-    gate_quiet: float = setting(
-        0.97,
-        "share of other questions about a subject that the gate keeps quiet, counted on relations that it was not trained on; "
-        "the lower, the farther paraphrases it lets through",
-    )
+    gate_quiet: float = gate_quiet_setting()
     retries: int = setting(
         2, "how often the values of facts that did not land are optimised further, in the edited model, and all inserted anew"
     )
