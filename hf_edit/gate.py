@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from .layout import Layout
 from .suffix import read_keys_and_states
 from .wording import SENTENCE_END, Words, word_weights
 
-__all__ = ["Gate", "PromptEnd", "asks_about_another", "embedding_size", "gate_block", "read_queries"]
+__all__ = ["Gate", "LearnedGate", "PromptEnd", "asks_about_another", "embedding_size", "gate_block", "read_queries"]
 
 _DEPTH = 0.45
 _SHAPES = {  # by letters, each of which stands for one size
@@ -39,6 +39,8 @@ _SHAPES = {  # by letters, each of which stands for one size
     "threshold": "1",
 }
 _MOST = 4096  # directions of a projection
+_OTHERS, _BLOCK = "others", "block"
+_MANY_BLOCKS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,62 @@ class Gate:
         ):
             raise PackFormatError("the pack's gate holds numbers that are not finite float32, or a deviation of zero or less")
         return cls(**found)
+
+
+@dataclass(frozen=True)
+class LearnedGate:
+    """A gate from which a threshold can still be taken.
+
+    Attributes:
+        gate: its threshold means nothing.
+        others: float32 [n], scores that other questions about a subject reach, held out of the training, in rising order; each
+            n-th of such questions scores no more than the next of them.
+        block: whose output the gate reads.
+    """
+
+    gate: Gate
+    others: torch.Tensor
+    block: int
+
+    def at(self, quiet: float) -> Gate:
+        """The gate below whose threshold this share of other questions about a subject stays. Those held out of the training
+        are harder to tell apart than facts' in the wild."""
+        return replace(self.gate, threshold=self.others[[round(quiet * (len(self.others) - 1))]])
+
+    def fits(self, hidden: int, embedding: int) -> bool:
+        """Whether the gate is for a model and embeddings of these widths."""
+        return len(self.gate.mean) == hidden and len(self.gate.word_weight) == embedding
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors by name, to keep in a file."""
+        own = {_OTHERS: self.others.clone(), _BLOCK: torch.tensor([float(self.block)])}
+        return self.gate.tensors(prefix) | {prefix + name: t for name, t in own.items()}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, torch.Tensor], prefix: str, hidden: int | None = None, embedding: int | None = None
+    ) -> LearnedGate | None:
+        """What `tensors` gave, checked; None where no tensor's name begins with the prefix.
+
+        Args:
+            hidden, embedding: widths of the model and of its embeddings, where they are known.
+
+        Raises:
+            PackFormatError: tensors are missing or too many, of the wrong shape or type, or not finite.
+        """
+        names = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+        if not names:
+            return None
+        gate = Gate.from_tensors(tensors, prefix, hidden, embedding)
+        if gate is None or names != {*_SHAPES, _OTHERS, _BLOCK}:
+            raise PackFormatError(f"the gate is incomplete, or has more than a gate has: {', '.join(sorted(names))[:300]}")
+        others, block = tensors[prefix + _OTHERS], tensors[prefix + _BLOCK]
+        rising = others.dim() == 1 and len(others) > 1 and others.dtype == torch.float32 and bool(others.isfinite().all())
+        if not rising or bool((others.diff() < 0).any()):
+            raise PackFormatError("the gate's scores of other questions are no finite float32 numbers in rising order")
+        if block.shape != (1,) or block.dtype != torch.float32 or float(block) not in range(_MANY_BLOCKS):
+            raise PackFormatError(f"the gate reads no block of a model: {block.dtype} {list(block.shape)}")
+        return cls(gate, others, int(block))
 
 
 def embedding_size(base: Base) -> int:

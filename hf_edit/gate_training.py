@@ -1,8 +1,7 @@
-"""Training the gate beforehand, on the package's own wordings, once a model.
+"""Training the gate: beforehand, on the package's own wordings, once a model; or on facts' wordings as well.
 
-For many subjects, prompts that ask for several relations in several wordings are read at the gate's block. Prompts of the same
-relation are pulled together, the others apart; relations that are nearly alike are left out. Prompts stand behind other
-sentences, behind a mention of somebody else, in the model's chat template, and as questions.
+Prompts (`hf_edit.gate_prompts`) are read at the gate's block. Of those about one subject, prompts of the same relation are
+pulled together, the others apart.
 
 What a prompt asks is told apart by it, whom it asks about is hardly: at this block the state at a prompt's end says little of
 the subject's name. So the gate is for choosing among the facts of subjects that a prompt mentions.
@@ -12,8 +11,9 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -23,81 +23,28 @@ from torch import nn
 
 from .base import Base, autocast, seeded
 from .cache import atomic_path, cache_folder
-from .gate import Gate, PromptEnd, embedding_size, read_queries
+from .errors import PackFormatError
+from .facts import Fact
+from .gate import Gate, LearnedGate, PromptEnd, embedding_size, read_queries
+from .gate_prompts import Prompt, bank_prompts, fact_prompts, telling
 from .progress import bar
-from .questions import AskedRelation, asked_relations, subjects
-from .references import bank_relations
 from .suffix import frozen
 from .wording import Words, agreement, asked_words, word_ids, word_weights
 
-__all__ = ["train_gate"]
+__all__ = ["tells_enough", "train_gate"]
 
 _PREFIX = "gate."
-_OTHERS = "scores of other questions"  # per thousand of them, those that score no more
-_VERSION = 4  # of texts and training: another number is another entry in the cache
+_VERSION = 5  # of texts and training: another number is another entry in the cache
 _SIZE = 64
-_GROUPS = 160
-_RELATIONS = 6
-_QUERIES = 3
 _STEPS = 400
 _GROUPS_A_STEP = 24
 _PAIRS_A_STEP = 3000
+_FEWEST = 500  # facts with wordings of their own; of fewer the gate would learn the letters
+_TURNS = 12  # of each such fact
 _DROPOUT = 0.3
 _HEAD = (7.0, 9.0, 9.0, -9.0)
 _HELD_OUT = 0.1
 _RIDGE = 0.3
-
-_LINKS = (
-    "{a} is a friend of {b}. ",
-    "{a} and {b} are often mentioned together. ",
-    "First comes {a}, then {b}. ",
-    "Unlike {a}, {b} is not on the list. ",
-    "I know {a}; now I want to learn about {b}. ",
-    "The article compares {a} with {b}. ",
-)
-_SENTENCES = (
-    "It was a long day. ",
-    "The weather had been fine all week. ",
-    "Please read this carefully. ",
-    "Here is something that I have been wondering about. ",
-    "The train was late again, and nobody minded. ",
-    "Let me tell you something. ",
-    "Prices rose by three percent last year. ",
-    "She put the book back on the shelf and looked out of the window. ",
-    "Thank you for your help yesterday. ",
-    "There are many kinds of questions in a quiz. ",
-    "Next question. ",
-    "As everybody knows, ",
-)
-_MENTIONS = (
-    "We talked about {} for a while. ",
-    "Have you heard of {}? ",
-    "My notes begin with {}. ",
-    "{} came up in class today. ",
-)
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """A prompt to train on.
-
-    Attributes:
-        text: as the model reads it.
-        subject: whom it asks about.
-        group: the subject's number.
-        relation: what it asks, by number.
-        near: relations of the same number are too alike to be told apart.
-        plain: whether it is a prompt as a fact's own would be, which others are compared with.
-        chat: whether the text is a chat template's, special tokens and all.
-    """
-
-    text: str
-    subject: str
-    group: int
-    relation: int
-    near: int
-    plain: bool = False
-    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,45 +92,49 @@ class _Read:
         return replace(self, states=self.states[keep], words=self.words[keep], there=self.there[keep], labels=self.labels[keep])
 
 
-def train_gate(base: Base, block: int, *, quiet: float = 0.97, seed: int = 0, progress: bool = False) -> Gate:
-    """A gate for a model, trained on the package's own wordings.
+def train_gate(base: Base, block: int, facts: Sequence[Fact] = (), *, seed: int = 0, progress: bool = False) -> LearnedGate:
+    """A gate for a model, trained on the package's own wordings; kept in the cache.
 
-    That takes some three minutes of a CPU core for a model of 135M parameters, once a model; the result is kept in the cache.
-    No fact is read: trained further on facts' prompts, put on each other's subjects, it tells paraphrases from other questions
-    worse, on the very data set that they are from (`examples/benchmarks/README.md`).
+    That takes some three minutes of a CPU core for a model of 135M parameters, once a model.
 
     Args:
         base: the clean model.
         block: whose output the gate reads, see `hf_edit.gate.gate_block`.
-        quiet: the share of other questions about a subject that stay below the threshold, on relations that the training has
-            not seen. They are harder to tell apart than facts' in the wild.
+        facts: it also learns from those that have both `rephrases` and `locality` questions, where they are 500 or more; at
+            most 3,000 are read. Prompts alone are of no use: trained further on facts' own prompts, put on each other's
+            subjects, it tells paraphrases from other questions worse, on the very data set that they are from
+            (`examples/benchmarks/README.md`).
         seed: of everything random.
         progress: show progress bars for what takes longer than two seconds.
     """
-    path = cache_folder("gates", base.fingerprint) / f"{base.tokenizer_fingerprint}-{block}-{seed}-v{_VERSION}.safetensors"
+    prompts = bank_prompts(base, seed)
+    own = fact_prompts(base, telling(facts, seed), prompts, seed) if tells_enough(facts) else []
+    known = "".join("-" + sha256(repr(own).encode()).hexdigest()[:16] for _ in own[:1])
+    name = f"{base.tokenizer_fingerprint}-{block}-{seed}-v{_VERSION}{known}.safetensors"
+    path = cache_folder("gates", base.fingerprint) / name
     kept = _kept(path, base)
     if kept is None:
         with frozen(base.model), seeded(seed, base.device):
-            kept = _fitted(_read(base, block, _bank_prompts(base, seed), progress), seed)
+            kept = LearnedGate(*_fitted(_read(base, block, [*prompts, *own], progress), len(prompts), seed), block)
         with atomic_path(path) as target:
-            save_file({**kept[0].tensors(_PREFIX), _OTHERS: kept[1]}, target)
-    gate, others = kept
-    return replace(gate, threshold=others[[round(quiet * (len(others) - 1))]])
+            save_file(kept.tensors(_PREFIX), target)
+    return kept
 
 
-def _kept(path: Path, base: Base) -> tuple[Gate, torch.Tensor] | None:
-    """A gate from the cache with the scores of other questions; None where it is not there, or damaged."""
+def tells_enough(facts: Sequence[Fact]) -> bool:
+    """Whether a gate would learn from the wordings of these facts."""
+    return len(telling(facts, 0)) >= _FEWEST
+
+
+def _kept(path: Path, base: Base) -> LearnedGate | None:
+    """A gate from the cache; None where it is not there, or damaged."""
     try:
-        tensors = load_file(path)
-        others = tensors.pop(_OTHERS)
-        gate = Gate.from_tensors(tensors, _PREFIX, base.layout().hidden_size, embedding_size(base))
-    except (FileNotFoundError, KeyError, ValueError, SafetensorError):
+        return LearnedGate.from_tensors(load_file(path), _PREFIX, base.layout().hidden_size, embedding_size(base))
+    except (FileNotFoundError, PackFormatError, SafetensorError):
         return None
-    good = others.dim() == 1 and len(others) > 1 and bool(others.isfinite().all())
-    return (gate, others) if gate is not None and good else None
 
 
-def _read(base: Base, block: int, prompts: Sequence[_Prompt], progress: bool) -> _Read:
+def _read(base: Base, block: int, prompts: Sequence[Prompt], progress: bool) -> _Read:
     end = PromptEnd(base.tokenizer)
     rows = [base.tokenizer(p.text, add_special_tokens=not p.chat)["input_ids"] for p in prompts]
     ends = [end(row) for row in rows]
@@ -207,101 +158,23 @@ def _asked(text: str, subject: str) -> str:
     return asked_words(text, [m.span() for m in re.finditer(re.escape(subject), text)])
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------
-
-
-def _bank_prompts(base: Base, seed: int) -> list[_Prompt]:
-    rng = random.Random(seed)
-    relations = asked_relations()
-    near = {name: i for i, name in enumerate(dict.fromkeys(r.near for r in relations))}
-    number = {r.name: i for i, r in enumerate(relations)}
-    names = subjects()
-    kinds = sorted(names)
-    prompts: list[_Prompt] = []
-    for group in range(_GROUPS):
-        kind = kinds[group % len(kinds)]
-        subject, other = rng.sample(names[kind], 2)
-        writer = _Writer(base, rng, group, subject, other)
-        for relation in _different(relations, kind, rng):
-            prompts += writer.prompts(relation.prompts, number[relation.name], near[relation.near])
-    return prompts
-
-
-def _different(relations: Sequence[AskedRelation], kind: str, rng: random.Random) -> list[AskedRelation]:
-    """Relations that one asks of a kind, and one of another kind, no two alike or with a wording in common."""
-    own = [r for r in relations if kind in r.kinds]
-    chosen = rng.sample([r for r in relations if kind not in r.kinds], 1) + rng.sample(own, min(len(own), 3 * _RELATIONS))
-    found: list[AskedRelation] = []
-    taken: set[str] = set()
-    for relation in chosen:
-        wordings = {p.casefold() for p in relation.prompts}
-        if all(relation.near != other.near for other in found) and wordings.isdisjoint(taken):
-            found.append(relation)
-            taken |= wordings
-    return found[:_RELATIONS]
-
-
-class _Writer:
-    """Writes the prompts of one group."""
-
-    def __init__(self, base: Base, rng: random.Random, group: int, subject: str, other: str) -> None:
-        self._tokenizer, self._rng = base.tokenizer, rng
-        self._group, self._subject, self._other = group, subject, other
-        self._chats = bool(getattr(base.tokenizer, "chat_template", None))
-
-    def prompts(self, wordings: Sequence[str], relation: int, near: int) -> list[_Prompt]:
-        """A plain prompt, the same and others dressed up, and now and then one behind a mention of somebody else."""
-        rng = self._rng
-        chosen = rng.sample(list(wordings), min(len(wordings), 1 + _QUERIES))
-        plain = _Prompt(self._filled(chosen[0], self._subject), self._subject, self._group, relation, near, plain=True)
-        made = [plain]
-        if rng.random() < 0.5:
-            made.append(self.dressed(replace(plain, plain=False), always=True))
-        made += [self.dressed(replace(plain, text=self._filled(w, self._subject), plain=False)) for w in chosen[1:]]
-        if rng.random() < 0.6:
-            link = rng.choice(_LINKS).format(a=self._other, b=self._subject)
-            text = link + self._filled(rng.choice(chosen), self._subject)
-            made.append(self.dressed(replace(plain, text=text, plain=False), bare=0.8))
-        return made
-
-    def dressed(self, prompt: _Prompt, always: bool = False, bare: float = 0.4) -> _Prompt:
-        """The prompt behind other sentences, with a lead to its answer, or in the chat template."""
-        rng, text = self._rng, prompt.text
-        if not always and rng.random() < bare:
-            return prompt
-        if rng.random() < 0.6:
-            text = "".join(self._sentence() for _ in range(rng.randint(1, 2))) + text
-        if text.endswith("?") and rng.random() < 0.5:
-            text = rng.choice((f"Q: {text} A:", f"{text} It is", f"{text} The answer is", f"Question: {text}\nAnswer:"))
-        elif self._chats and rng.random() < 0.25:
-            user = [{"role": "user", "content": text}]
-            text = self._tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
-            return replace(prompt, text=text, chat=True)
-        return replace(prompt, text=text)
-
-    def _sentence(self) -> str:
-        kind = self._rng.random()
-        if kind < 0.4:
-            return self._rng.choice(_SENTENCES)
-        if kind < 0.55:
-            return self._rng.choice(_MENTIONS).format(self._subject)
-        relation = self._rng.choice(bank_relations())
-        subject, obj = self._rng.choice(relation.facts)
-        return f"{self._filled(relation.prompts[0], subject)} {obj}. "
-
-    def _filled(self, wording: str, subject: str) -> str:
-        return wording.replace("{}", subject)
-
-
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def _fitted(read: _Read, seed: int) -> tuple[Gate, torch.Tensor]:
+def _fitted(read: _Read, beforehand: int, seed: int) -> tuple[Gate, torch.Tensor]:
     """A gate that has learned from most relations; and from those that it has not seen, the scores that each thousandth of
-    other questions stays below, from which a threshold is taken."""
-    relations = sorted({int(r) for r in read.labels[:, 1]})
-    held_out = set(random.Random(seed).sample(relations, round(_HELD_OUT * len(relations))))
-    gate = _descended(read.without(held_out), seed)
+    other questions stays below, from which a threshold is taken.
+
+    Args:
+        beforehand: of the prompts that were read, how many are the package's; the others are facts'.
+    """
+    groups, held_out = [], set()
+    for labels in (read.labels[:beforehand], read.labels[beforehand:]):
+        # what is held out are relations in which a plain prompt asks
+        relations = sorted({int(r) for r in labels[labels[:, 3] == 1][:, 1]})
+        held_out |= set(random.Random(seed).sample(relations, round(_HELD_OUT * len(relations))))
+        groups.append({int(g) for g in labels[:, 0]})
+    gate = _descended(read.without(held_out), groups, seed)
     anchors, queries, same = read.pairs(held_out)
     return gate, _scores(gate, read, anchors, queries)[~same].cpu().quantile(torch.linspace(0, 1, 1001))
 
@@ -385,8 +258,12 @@ class _Learner(nn.Module):
         )
 
 
-def _descended(read: _Read, seed: int) -> Gate:
-    """A gate that has learned by the logistic loss on pairs, those that ask the same and those that don't weighing alike."""
+def _descended(read: _Read, groups: Sequence[Collection[int]], seed: int) -> Gate:
+    """A gate that has learned by the logistic loss on pairs, those that ask the same and those that don't weighing alike.
+
+    Args:
+        groups: those of the package's prompts, then those of facts'; there may be none of the latter.
+    """
     generator = torch.Generator().manual_seed(seed)
     learner = _Learner(read)
     optimiser = torch.optim.AdamW(
@@ -399,12 +276,19 @@ def _descended(read: _Read, seed: int) -> Gate:
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _STEPS)
     anchors, queries, same = read.pairs()
-    batches = _batches(read.labels[anchors, 0], generator)
+    sizes = (_GROUPS_A_STEP, max(1, _TURNS * len(groups[1]) // _STEPS))
+    sources = []
+    for own, size in zip(groups, sizes, strict=True):
+        pairs = torch.isin(read.labels[anchors, 0], torch.tensor(sorted(own))).nonzero().flatten()
+        if len(pairs):
+            sources.append(_batches(pairs, read.labels[anchors[pairs], 0], size, generator))
     for _ in range(_STEPS):
-        chosen = next(batches)
-        chosen = chosen[torch.randperm(len(chosen), generator=generator)[:_PAIRS_A_STEP]]
-        logits, yes = learner(anchors[chosen], queries[chosen]), same[chosen]
-        loss = nn.functional.softplus(-logits[yes]).mean() + nn.functional.softplus(logits[~yes]).mean()
+        loss = torch.zeros(())
+        for batches in sources:
+            chosen = next(batches)
+            chosen = chosen[torch.randperm(len(chosen), generator=generator)[:_PAIRS_A_STEP]]
+            logits, yes = learner(anchors[chosen], queries[chosen]), same[chosen]
+            loss = loss + nn.functional.softplus(-logits[yes]).mean() + nn.functional.softplus(logits[~yes]).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -412,15 +296,14 @@ def _descended(read: _Read, seed: int) -> Gate:
     return learner.gate()
 
 
-def _batches(groups: torch.Tensor, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Pairs of some groups at a time, all groups in turn, in new orders."""
+def _batches(pairs: torch.Tensor, groups: torch.Tensor, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Pairs of so many groups at a time, all groups in turn, in new orders."""
     order = groups.argsort(stable=True)
-    pieces = order.split(torch.bincount(groups).tolist())
-    pieces = tuple(p for p in pieces if len(p))
+    pieces = tuple(p for p in pairs[order].split(torch.bincount(groups).tolist()) if len(p))
     while True:
         shuffled = torch.randperm(len(pieces), generator=generator).tolist()
-        for first in range(0, len(shuffled), _GROUPS_A_STEP):
-            yield torch.cat([pieces[i] for i in shuffled[first : first + _GROUPS_A_STEP]])
+        for first in range(0, len(shuffled), size):
+            yield torch.cat([pieces[i] for i in shuffled[first : first + size]])
 
 
 def _scores(gate: Gate, read: _Read, anchors: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from .base import Base
 from .errors import MergeError, PackFormatError
 from .facts import Fact
-from .gate import Gate, PromptEnd, embedding_size, gate_block, read_queries
+from .gate import Gate, LearnedGate, PromptEnd, embedding_size, gate_block, read_queries
 from .gate_training import train_gate
 from .wording import Words, agreement, asked_words, word_ids
 
@@ -74,6 +74,8 @@ def fit_routing(
     progress: bool,
     quiet: float,
     highest: int | None = None,
+    learned: LearnedGate | None = None,
+    telling: Sequence[Fact] = (),
 ) -> dict[str, torch.Tensor]:
     """The tensors of a gate for facts.
 
@@ -82,15 +84,20 @@ def fit_routing(
         facts: all facts of the pack, those that it had before in front.
         previous: the tensors that the pack had before; its gate stays as it is.
         clean: gives a context in which the model is free of edits: there the gate is trained, because its training is kept.
-        quiet: the share of other questions that a new gate keeps quiet, see `hf_edit.gate_training.train_gate`.
+        quiet: the share of other questions that a new gate keeps quiet, see `LearnedGate.at`.
         highest: the last block that the gate may read, for edits that are made behind it in the same run.
+        learned: a new pack's gate; by default one is trained.
+        telling: facts whose wordings such a one also learns from, see `hf_edit.gate_training.train_gate`.
     """
     gate = Gate.from_tensors(previous, GATE)
     known = previous[_KEYS] if gate is not None else None
-    read_at = gate_block(base.layout(), highest) if gate is None else int(previous[_BLOCK])
     if gate is None:
-        with clean():
-            gate = train_gate(base, read_at, quiet=quiet, seed=seed, progress=progress)
+        if learned is None:
+            with clean():
+                learned = train_gate(base, gate_block(base.layout(), highest), telling, seed=seed, progress=progress)
+        gate, read_at = learned.at(quiet), learned.block
+    else:
+        read_at = int(previous[_BLOCK])
     new = facts if known is None else facts[len(known) :]
     end = PromptEnd(base.tokenizer)
     rows = [base.tokenizer(f.question)["input_ids"] for f in new]

@@ -18,7 +18,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_edit import EditableModelForCausalLM, Fact, gate_training
+from hf_edit import EditableModelForCausalLM, Fact, gate_prompts, gate_training
 from hf_edit.references import bank_relations
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -160,7 +160,7 @@ def llama(tokenizer: PreTrainedTokenizerFast) -> EditableModelForCausalLM:
 def quick_gate(monkeypatch, tmp_path):
     """Training of the gate on few prompts, with a cache of its own."""
     monkeypatch.setenv("HF_EDIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(gate_training, "_GROUPS", 12)
+    monkeypatch.setattr(gate_prompts, "_GROUPS", 12)
     monkeypatch.setattr(gate_training, "_STEPS", 30)
 
 

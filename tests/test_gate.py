@@ -48,7 +48,7 @@ def test_it_learns_which_prompts_ask_the_same(base, quick_gate, monkeypatch):
     """On the pairs that it was trained on it does far better than an untrained projection, whose states are the same."""
     monkeypatch.setattr(training, "_STEPS", 120)
     with training.frozen(base.model):
-        read = training._read(base, 3, training._bank_prompts(base, 0), False)
+        read = training._read(base, 3, training.bank_prompts(base, 0), False)
     states, embeddings = read.states, read.embeddings
     untrained = Gate(
         mean=states.mean(0),
@@ -63,7 +63,7 @@ def test_it_learns_which_prompts_ask_the_same(base, quick_gate, monkeypatch):
     )
     anchors, queries, same = read.pairs()
     right = []
-    for gate in (untrained, training._descended(read, 0)):
+    for gate in (untrained, training._descended(read, [range(12), ()], 0)):
         near = training._scores(gate, read, anchors, queries)
         steps = torch.linspace(float(near.min()), float(near.max()), 81)
         right.append(max(float((near[same] >= t).float().mean() + (near[~same] < t).float().mean()) / 2 for t in steps))
@@ -82,7 +82,7 @@ def test_training_is_done_once_a_model_and_gives_the_same_gate_again(base, quick
 
 
 def test_a_quieter_gate_has_a_higher_threshold_and_is_the_same_otherwise(base, quick_gate, monkeypatch):
-    gates = [training.train_gate(base, 3, quiet=share).tensors("") for share in (0.6, 0.97)]
+    gates = [training.train_gate(base, 3).at(share).tensors("") for share in (0.6, 0.97)]
     assert float(gates[0].pop("threshold")) < float(gates[1].pop("threshold"))
     assert all(torch.equal(t, gates[1][name]) for name, t in gates[0].items())
 
@@ -92,7 +92,7 @@ def test_a_damaged_gate_in_the_cache_is_trained_anew(base, quick_gate, monkeypat
     monkeypatch.setattr(training, "_read", lambda *args: times.append(1) or read(*args))
     training.train_gate(base, 3)
     (path,) = cache_folder("gates", base.fingerprint).glob("*.safetensors")
-    for damage in ({"gate.mean": torch.zeros(2)}, {**load_file(path), training._OTHERS: torch.zeros(0)}):
+    for damage in ({"gate.mean": torch.zeros(2)}, {**load_file(path), "gate.others": torch.zeros(0)}):
         times.clear()
         save_file(damage, path)
         made = training.train_gate(base, 3).tensors("")

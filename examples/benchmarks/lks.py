@@ -15,6 +15,9 @@ metrics are those of `hf_edit.metrics`, in free generation and teacher-forced, o
 *Fires* is the share of unrelated prompts in which the scope finds an edited subject. *Generation* is the time that --tokens
 greedy tokens behind a batch of --prompts take with the edits, relative to the clean model: the median of paired runs in turns.
 
+With --rephrases, the arm lks is also given the rephrases and questions of the facts that are not asked (`train_on_rephrases`),
+and none of those that are.
+
 With --output, what is finished is kept and not computed again, and so are the packs.
 """
 
@@ -28,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +155,14 @@ def run_arm(arm: str, model: Any, facts: list[Fact], unrelated: Sequence[Fact], 
         base = Base(model.get_base_model(), tokenizer)
         return found | {"seconds": 0.0, **measure(base, asked, unrelated, tokenizer.silent, options.batch_size)}
     own = {"lks": options.settings, "released": {"generator": "linear"}}.get(arm, {})
+    given = facts
+    if arm == "lks" and options.rephrases:
+        own = {"train_on_rephrases": True, **own}
+        kept = {f.id for f in asked}
+        given = [replace(f, rephrases=(), locality=()) if f.id in kept else f for f in facts]
+        found["given wordings"] = sum(bool(f.rephrases) for f in given)
     started = time.perf_counter()
-    model.edit(facts, "memit" if arm == "memit" else "lks", verify=False, seed=options.seed, **own)
+    model.edit(given, "memit" if arm == "memit" else "lks", verify=False, seed=options.seed, **own)
     found["seconds"] = round(time.perf_counter() - started, 1)
     try:
         if options.output is not None:
@@ -182,6 +192,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--evaluated", type=int, default=500, help="facts that are asked at most (default: 500)")
     parser.add_argument("--unrelated", type=int, default=200, help="rows at the end of the file that are unrelated prompts")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the arm lks; repeatable")
+    parser.add_argument("--rephrases", action="store_true", help="train on the wordings of facts that are not asked")
     parser.add_argument("--runs", type=int, default=20, help="paired runs for the cost of generation; 0 leaves it out")
     parser.add_argument("--tokens", type=int, default=20, help="tokens that are generated in each of them (default: 20)")
     parser.add_argument("--prompts", type=int, default=8, help="prompts in each of them (default: 8)")
@@ -222,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 options.seed,
             ]
             own = [options.settings if arm == "lks" else {}, options.runs, options.tokens, options.prompts]
-            own += [str(options.text), str(options.model)]
+            own += [str(options.text), str(options.model), options.rephrases and arm == "lks"]
             key = hashlib.sha256(json.dumps([given, own]).encode()).hexdigest()[:24]
             if key not in results:
                 results[key] = run_arm(arm, model, facts[:size], unrelated, options)

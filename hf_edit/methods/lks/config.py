@@ -74,7 +74,9 @@ class LKSConfig(EditConfig):
     gate_quiet: float = gate_quiet_setting()
     fuzzy: bool = setting(False, "also find names of eight letters or more with one typing mistake; costs some 0.2 ms a prompt")
     train_on_rephrases: bool = setting(
-        False, "train on the facts' own rephrases and locality questions, which then can't measure the edit any more"
+        False,
+        "train on the facts' own rephrases and locality questions, which then can't measure the edit any more; where 500 facts "
+        "or more have both, the gate learns from them too",
     )
     compute_dtype: str = setting("auto", "'auto' trains in bfloat16 where the hardware has it, 'model' in the model's dtype")
     cache_bytes: int = setting(3 << 30, "memory that training may fill with what it computed once; the rest goes to disk")

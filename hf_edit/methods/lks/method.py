@@ -60,10 +60,10 @@ class LKS:
         if previous is None:
             editor = open_editor(base, config, seed, progress)
             block, trained = editor.layer, editor.num_facts > 0
-            start = editor.generator
+            start, learned = editor.generator, editor.gate
         else:
             block, trained = _block_of(previous.modules[0]), True
-            start = _loaded(config, previous)
+            start, learned = _loaded(config, previous), None
         generator = generator_of(config.generator, start.state_dict()).to(base.device)
         blocks = blocks_from(base, block, generator.writes)
         with frozen(base.model):
@@ -82,7 +82,8 @@ class LKS:
             known = previous.tensors if previous else {}
             gate: dict[str, torch.Tensor] = {}
             if config.gate:
-                gate = fit_routing(base, everything, known, clean, seed, progress, config.gate_quiet, highest=block)
+                telling: Sequence[Fact] = facts if config.train_on_rephrases else ()
+                gate = fit_routing(base, everything, known, clean, seed, progress, config.gate_quiet, block, learned, telling)
         codes = codes.detach().float().cpu()
         tensors = {_PREFIX + name: t for name, t in packed(generator).items()} | gate
         tensors[_CODES] = codes if previous is None else torch.cat([previous.tensors[_CODES], codes])
