@@ -121,21 +121,19 @@ class Gate:
         if not found:
             return None
         if missing := [name for name in _SHAPES if name not in found]:
-            raise PackFormatError(f"the pack's gate has no {', '.join(missing)}")
+            raise PackFormatError(f"the gate has no {', '.join(missing)}")
         sizes = {"1": 1, "4": 4} | {letter: size for letter, size in (("h", hidden), ("e", embedding)) if size is not None}
         for name, letters in _SHAPES.items():
             shape = tuple(found[name].shape)
             expected = tuple(sizes.setdefault(letter, size) for letter, size in zip(letters, shape, strict=False))
             if len(shape) != len(letters) or shape != expected:
-                raise PackFormatError(f"the pack's gate does not fit: {name} is {list(shape)}, not {list(expected)}")
+                raise PackFormatError(f"the gate does not fit: {name} is {list(shape)}, not {list(expected)}")
         if not all(1 <= sizes[letter] <= _MOST for letter in "sw"):
-            raise PackFormatError(
-                f"the pack's gate projects to {sizes['s']} and {sizes['w']} directions; 1 to {_MOST} are possible"
-            )
+            raise PackFormatError(f"the gate projects to {sizes['s']} and {sizes['w']} directions; 1 to {_MOST} are possible")
         if any(t.dtype != torch.float32 or not bool(t.isfinite().all()) for t in found.values()) or bool(
             (found["std"] <= 0).any()
         ):
-            raise PackFormatError("the pack's gate holds numbers that are not finite float32, or a deviation of zero or less")
+            raise PackFormatError("the gate holds numbers that are not finite float32, or a deviation of zero or less")
         return cls(**found)
 
 

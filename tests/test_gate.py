@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import QUICK_LKS, tiny_model
 from safetensors.torch import load_file, save_file
 
-from hf_edit import EditPack, Fact
+from hf_edit import EditPack, Fact, Question
 from hf_edit import gate_training as training
 from hf_edit.base import Base
 from hf_edit.cache import cache_folder
 from hf_edit.errors import PackFormatError
-from hf_edit.gate import Gate, PromptEnd, asks_about_another
+from hf_edit.gate import Gate, LearnedGate, PromptEnd, asks_about_another, gate_block
 from hf_edit.questions import asked_relations, other_wordings, subjects
 from hf_edit.wording import Words, agreement, asked_words
 
@@ -165,6 +166,68 @@ def test_a_gate_of_the_wrong_form_is_refused():
         Gate.from_tensors(good, "g.", 4, 7)
     with pytest.raises(PackFormatError, match="threshold"):
         Gate.from_tensors({k: v for k, v in good.items() if k != "g.threshold"}, "g.")
+
+
+def _telling(count):
+    """Facts with wordings of their own."""
+    return [
+        Fact(f"Nowhere {n}", "The capital of {} is", "Rome", rephrases=("{}'s seat of government is",),
+             locality=(Question(f"The king of Nowhere {n} is called"),))
+        for n in range(count)
+    ]  # fmt: skip
+
+
+def test_it_learns_from_facts_that_have_a_rephrase_and_a_question_where_they_are_enough(base, quick_gate, monkeypatch):
+    monkeypatch.setattr(training, "_FEWEST", 6)
+    alone = training.train_gate(base, 3)
+    useless = [replace(f, rephrases=()) for f in _telling(6)] + [replace(f, locality=()) for f in _telling(6)]
+    for facts in (_telling(5), useless):
+        assert torch.equal(training.train_gate(base, 3, facts).gate.projection, alone.gate.projection)
+    told = training.train_gate(base, 3, _telling(6))
+    assert not torch.equal(told.gate.projection, alone.gate.projection)
+
+    def none(*_):
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(training, "_read", none)
+    assert torch.equal(training.train_gate(base, 3, _telling(6)).others, told.others)
+    with pytest.raises(AssertionError, match="read again"):
+        training.train_gate(base, 3, _telling(7))
+
+
+def test_an_edit_learns_its_gate_from_rephrases_only_where_it_may(llama, quick_gate, monkeypatch):
+    monkeypatch.setattr(training, "_FEWEST", 6)
+    made = []
+    for settings in ({}, {"train_on_rephrases": True}):
+        llama.edit(_telling(6), "lks", progress=False, verify=False, **{**QUICK_LKS, "gate": True, "min_steps": 1, **settings})
+        made.append(llama.packs["default"].tensors["gate.projection"])
+        llama.rollback()
+    alone = training.train_gate(llama._base, int(gate_block(llama._base.layout(), 2))).gate.projection
+    assert torch.equal(made[0], alone)
+    assert not torch.equal(made[1], alone)
+
+
+def test_a_learned_gate_that_is_kept_is_checked_when_it_is_read(base, quick_gate):
+    tensors = training.train_gate(base, 3).tensors("g.")
+    again = LearnedGate.from_tensors(tensors, "g.", 48, 48)
+    assert torch.equal(again.others, tensors["g.others"])
+    assert again.block == 3
+    assert LearnedGate.from_tensors({}, "g.") is None
+    for name, tensor, message in (
+        ("others", tensors["g.others"].flip(0), "rising"),
+        ("others", torch.zeros(1), "rising"),
+        ("others", torch.full((9,), torch.nan), "rising"),
+        ("others", torch.arange(9), "rising"),
+        ("block", torch.tensor([0.5]), "no block"),
+        ("block", torch.tensor([-1.0]), "no block"),
+        ("block", torch.tensor([1]), "no block"),
+        ("extra", torch.zeros(1), "more than"),
+        ("head", torch.zeros(3), "head"),
+    ):
+        with pytest.raises(PackFormatError, match=message):
+            LearnedGate.from_tensors({**tensors, "g." + name: tensor}, "g.")
+    with pytest.raises(PackFormatError, match="incomplete"):
+        LearnedGate.from_tensors({n: t for n, t in tensors.items() if n != "g.others"}, "g.")
 
 
 def test_an_edit_ships_its_gate_and_facts_of_one_subject_go_one_by_one(llama, quick_gate, tmp_path):

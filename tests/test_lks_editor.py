@@ -26,6 +26,8 @@ from hf_edit import (
     LKSEditor,
     PackFormatError,
     PackSecurityError,
+    Question,
+    gate_training,
 )
 from hf_edit.cli import main
 from hf_edit.methods.lks.editor import CONFIG_FILE, TENSORS_FILE
@@ -158,6 +160,42 @@ def test_an_editor_of_a_base_in_a_local_folder_does_not_tell_where_that_lies(hub
     assert not any(b"secret-place" in blob.content for blob in files.values())
     assert check_card(files["README.md"].content.decode()) == ([], [])
     assert LKSEditor.from_pretrained("me/editor").base_model is None
+
+
+@pytest.fixture
+def with_gate(tokenizer, quick_gate, monkeypatch, tmp_path):
+    """The folder of an editor that learned a gate, and the model that it is for."""
+    monkeypatch.setattr(gate_training, "_FEWEST", 6)
+    model = EditableModelForCausalLM(tiny_model("llama"), tokenizer)
+    facts = [
+        Fact(f"Nowhere {n}", "The capital of {} is", "Rome", rephrases=("{}'s seat of government is",),
+             locality=(Question(f"The king of Nowhere {n} is called"),))
+        for n in range(6)
+    ]  # fmt: skip
+    editor = LKSEditor.train(model, facts, progress=False, **{**FEW, "min_steps": 1, "gate": True})
+    return editor.save_pretrained(tmp_path / "with gate"), model
+
+
+def test_an_editor_trained_on_facts_with_wordings_of_their_own_brings_its_gate(with_gate):
+    folder, model = with_gate
+    gate = LKSEditor.from_pretrained(folder).gate
+    for quiet in (0.5, 0.97):
+        model.edit(UNSEEN, "lks", editor=folder, **{**QUICK_EDIT, "gate": True, "gate_quiet": quiet})
+        tensors = model.packs["default"].tensors
+        assert torch.equal(tensors["gate.projection"], gate.gate.projection)
+        assert torch.equal(tensors["gate.threshold"], gate.at(quiet).threshold)
+        model.rollback()
+
+
+def test_an_editor_with_a_gate_of_another_form_is_refused(with_gate):
+    folder, model = with_gate
+    whole = load_file(folder / TENSORS_FILE)
+    for name, tensor in (("gate.others", torch.zeros(1)), ("gate.mean", torch.zeros(3)), ("gate.more", torch.zeros(1))):
+        save_file({**whole, name: tensor}, folder / TENSORS_FILE)
+        _refused(_rehashed(folder), PackFormatError, "editor.safetensors: the gate")
+    save_file({**whole, "gate.block": torch.tensor([5.0])}, folder / TENSORS_FILE)  # above the block that is edited
+    with pytest.raises(BaseMismatchError, match="another base model"):
+        model.edit(UNSEEN, "lks", editor=_rehashed(folder), **{**QUICK_EDIT, "gate": True})
 
 
 # --- from strangers ---------------------------------------------------------------------------------------------------

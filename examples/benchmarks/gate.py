@@ -13,8 +13,9 @@ same subject), of which `--rows` are measured:
   quiet at the threshold that 97 % of paraphrases reach;
 - routed: the subject gets two more facts, whose prompts are other rows'; the share of paraphrases that switch on the right one.
 
-The gate is trained on the package's own wordings, at each of `--blocks`. `new` counts only the rows whose paraphrase is no
-wording of the package, word for word.
+The gate is trained on the package's own wordings, at each of `--blocks`. With `--told`, a second one also learns from the
+files' other rows: those measured are then chosen by lot of their wordings, and no row that shares one or a subject is learned
+from. `new` counts only the rows whose paraphrase is no wording of the package, word for word.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from shared import markdown
+from shared import markdown, split
 from smollm2 import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_edit import Fact
 from hf_edit.base import Base
-from hf_edit.facts import read_facts
+from hf_edit.facts import fold, read_facts, resolve_conflicts
 from hf_edit.gate import Gate, PromptEnd, asks_about_another, gate_block, read_queries
 from hf_edit.gate_training import train_gate
 from hf_edit.questions import asked_relations
@@ -145,20 +146,32 @@ def usable(path: str) -> list[Fact]:
     ]
 
 
-def measure(base: Base, paths: Sequence[str], blocks: Sequence[int], rows: int, seed: int) -> list[dict[str, object]]:
+def measure(
+    base: Base, paths: Sequence[str], blocks: Sequence[int], rows: int, seed: int, told: bool
+) -> list[dict[str, object]]:
     """A row for each gate and file."""
-    sets = {Path(path).stem: random.Random(seed).sample(found, len(found)) for path in paths for found in [usable(path)]}
-    found: list[dict[str, object]] = []
+    sets: dict[str, list[Fact]] = {}
+    rest: list[Fact] = []
+    for path in paths:
+        found = usable(path)
+        if told:
+            others, sets[Path(path).stem] = split(resolve_conflicts(found, on_conflict="replace"), rows, seed)
+            rest += others
+        else:
+            sets[Path(path).stem] = random.Random(seed).sample(found, min(rows, len(found)))
+    asked_about = {fold(f.subject) for facts in sets.values() for f in facts}
+    rest = [f for f in rest if fold(f.subject) not in asked_about]
+    table: list[dict[str, object]] = []
     for block in blocks:
         with frozen(base.model):
-            questions = {name: Questions(base, block, facts[:rows], seed) for name, facts in sets.items()}
-        started = time.perf_counter()
-        gate = train_gate(base, block, seed=seed).at(0.97)
-        seconds = time.perf_counter() - started
-        for measured, asked in questions.items():
-            found.append({"block": block, "measured on": measured, "seconds": round(seconds), **asked.scores(gate)})
-        print(markdown(found), flush=True)
-    return found
+            questions = {name: Questions(base, block, facts, seed) for name, facts in sets.items()}
+        for learned in [(), rest] if told else [()]:
+            started = time.perf_counter()
+            gate = train_gate(base, block, learned, seed=seed).at(0.97)
+            row = {"block": block, "rows learned from": len(learned), "seconds": round(time.perf_counter() - started)}
+            table += [{**row, "measured on": name, **asked.scores(gate)} for name, asked in questions.items()]
+            print(markdown(table), flush=True)
+    return table
 
 
 def main() -> None:
@@ -166,6 +179,7 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", metavar="FACTS", help="files of facts with rephrases and locality")
     parser.add_argument("--blocks", type=int, nargs="+", help="that gates read (default: the one that edits take)")
     parser.add_argument("--rows", type=int, default=400, help="rows of each file to measure (default: 400)")
+    parser.add_argument("--told", action="store_true", help="measure a gate that learned from the other rows as well")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default=None, help="a model id or folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--output", type=Path, help="folder for gate.json and gate.md")
@@ -174,7 +188,8 @@ def main() -> None:
     source = arguments.model or smollm2()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     base = Base(model, AutoTokenizer.from_pretrained(source))
-    found = measure(base, arguments.paths, arguments.blocks or [gate_block(base.layout())], arguments.rows, arguments.seed)
+    blocks = arguments.blocks or [gate_block(base.layout())]
+    found = measure(base, arguments.paths, blocks, arguments.rows, arguments.seed, arguments.told)
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "gate.json").write_text(json.dumps({"model": str(source), "rows": found}, indent=2) + "\n")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import time
 from collections.abc import Sequence
@@ -21,31 +20,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from shared import markdown, percent, settings
+from shared import markdown, percent, settings, split
 from smollm2 import smollm2
 
 from hf_edit import EditableModelForCausalLM, Fact, LKSEditor, read_facts
 from hf_edit.facts import fold, resolve_conflicts
-
-
-def split(facts: Sequence[Fact], count: int, seed: int) -> tuple[list[Fact], list[Fact]]:
-    """Facts to train on and facts of the test, which share neither wordings nor subjects; the test's subjects are each there
-    once."""
-    wordings = sorted({fold(f.prompt) for f in facts})
-    random.Random(seed).shuffle(wordings)
-    by_wording: dict[str, list[Fact]] = {}
-    for fact in facts:
-        by_wording.setdefault(fold(fact.prompt), []).append(fact)
-    test: dict[str, Fact] = {}
-    held: set[str] = set()
-    for wording in wordings:
-        if len(test) >= count:
-            break
-        held.add(wording)
-        for fact in by_wording[wording]:
-            test.setdefault(fold(fact.subject), fact)
-    rest = [f for f in facts if fold(f.prompt) not in held and fold(f.subject) not in test]
-    return rest, list(test.values())[:count]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

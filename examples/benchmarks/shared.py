@@ -1,15 +1,17 @@
-"""What the benchmarks share: settings from the command line, the numbers of a report, and tables."""
+"""What the benchmarks share: settings from the command line, the numbers of a report, tables, and facts set aside."""
 
 from __future__ import annotations
 
 import ast
+import random
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_edit import EvalReport
+from hf_edit import EvalReport, Fact
+from hf_edit.facts import fold
 
-__all__ = ["SHOWN", "markdown", "percent", "settings"]
+__all__ = ["SHOWN", "markdown", "percent", "settings", "split"]
 
 SHOWN = {
     "efficacy.right": "right",
@@ -50,3 +52,23 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[f"{v:.4g}" if isinstance(v := row.get(n, ""), float) else str(v) for n in names] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in [names, ["---"] * len(names), *cells])
+
+
+def split(facts: Sequence[Fact], count: int, seed: int) -> tuple[list[Fact], list[Fact]]:
+    """Facts to train on and facts of the test, which share neither wordings nor subjects; the test's subjects are each there
+    once."""
+    wordings = sorted({fold(f.prompt) for f in facts})
+    random.Random(seed).shuffle(wordings)
+    by_wording: dict[str, list[Fact]] = {}
+    for fact in facts:
+        by_wording.setdefault(fold(fact.prompt), []).append(fact)
+    test: dict[str, Fact] = {}
+    held: set[str] = set()
+    for wording in wordings:
+        if len(test) >= count:
+            break
+        held.add(wording)
+        for fact in by_wording[wording]:
+            test.setdefault(fold(fact.subject), fact)
+    rest = [f for f in facts if fold(f.prompt) not in held and fold(f.subject) not in test]
+    return rest, list(test.values())[:count]

@@ -251,7 +251,10 @@ class LKSEditor(PushToHub):
         of_gate = {name: tensors.pop(name) for name in [*tensors] if name.startswith(_GATE)}
         generator = _checked_generator(folder, config["generator"], tensors)
         known = (config["base_fingerprint"], config["tokenizer_fingerprint"], config["num_facts"], config["base_model"])
-        gate = LearnedGate.from_tensors(of_gate, _GATE, generator.hidden)
+        try:
+            gate = LearnedGate.from_tensors(of_gate, _GATE, generator.hidden)
+        except PackFormatError as error:
+            raise PackFormatError(f"{folder / TENSORS_FILE}: {error}") from None
         return cls(config["generator"], config["layer"], generator, *known, gate)
 
 
