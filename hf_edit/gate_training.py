@@ -1,7 +1,8 @@
 """Training the gate: beforehand, on the package's own wordings, once a model; or on facts' wordings as well.
 
 Prompts (`hf_edit.gate_prompts`) are read at the gate's block. Of those about one subject, prompts of the same relation are
-pulled together, the others apart.
+pulled together, the others apart. The words learn from more than what is read: all of the package's wordings, by themselves,
+cost no forward.
 
 What a prompt asks is told apart by it, whom it asks about is hardly: at this block the state at a prompt's end says little of
 the subject's name. So the gate is for choosing among the facts of subjects that a prompt mentions.
@@ -28,6 +29,7 @@ from .facts import Fact
 from .gate import Gate, LearnedGate, PromptEnd, embedding_size, read_queries
 from .gate_prompts import Prompt, bank_prompts, fact_prompts, telling
 from .progress import bar
+from .questions import asked_relations, subjects
 from .suffix import frozen
 from .wording import Words, agreement, asked_words, word_ids, word_weights
 
@@ -41,6 +43,11 @@ _GROUPS_A_STEP = 24
 _PAIRS_A_STEP = 3000
 _FEWEST = 500  # facts with wordings of their own; of fewer the gate would learn the letters
 _TURNS = 12  # of each such fact
+_KINDS_A_STEP = 2  # of subjects, whose relations are told apart by words alone
+_RELATIONS_A_KIND = 24
+_WORDINGS = 4
+_OTHERS_A_KIND = 1500
+_WORD_HEAD = (9.0, 9.0, -6.0)
 _DROPOUT = 0.3
 _HEAD = (7.0, 9.0, 9.0, -9.0)
 _HELD_OUT = 0.1
@@ -92,6 +99,44 @@ class _Read:
         return replace(self, states=self.states[keep], words=self.words[keep], there=self.there[keep], labels=self.labels[keep])
 
 
+class _Wordings:
+    """The package's wordings by their words alone.
+
+    Attributes:
+        words: int64 [wordings, words], rows of `embeddings`.
+        there: bool [wordings, words], where there is a word.
+        embeddings: float32 [known words, embedding].
+    """
+
+    def __init__(self, base: Base) -> None:
+        relations = asked_relations()
+        known = [(n, prompt) for n, relation in enumerate(relations) for prompt in relation.prompts]
+        ids, self.there = word_ids(base.tokenizer, [asked_words(prompt) for _, prompt in known])
+        self.words, self.embeddings = _embedded(base, ids)
+        self._relation = torch.tensor([n for n, _ in known])
+        near = {name: n for n, name in enumerate(dict.fromkeys(r.near for r in relations))}
+        self._near = torch.tensor([near[relations[n].near] for n, _ in known])
+        self._of = [(self._relation == n).nonzero().flatten() for n in range(len(relations))]
+        self._kinds = [[n for n, r in enumerate(relations) if kind in r.kinds] for kind in sorted(subjects())]
+
+    def pairs(self, without: Collection[int], rng: random.Random) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(wording, other wording, whether both ask the same), as indices, of relations that are asked of one kind.
+
+        Args:
+            without: numbers of relations that are held out.
+        """
+        kinds = [[n for n in kind if n not in without] for kind in self._kinds]
+        (kind,) = rng.choices(kinds, [len(k) for k in kinds])
+        chosen = rng.sample(kind, min(_RELATIONS_A_KIND, len(kind)))
+        own = torch.cat([self._of[n][rng.sample(range(len(self._of[n])), min(_WORDINGS, len(self._of[n])))] for n in chosen])
+        one, other = (own[i.flatten()] for i in torch.meshgrid(torch.arange(len(own)), torch.arange(len(own)), indexing="ij"))
+        same = self._relation[one] == self._relation[other]
+        apart = (self._near[one] != self._near[other]).nonzero().flatten()
+        apart = apart[torch.tensor(rng.sample(range(len(apart)), min(_OTHERS_A_KIND, len(apart))), dtype=torch.long)]
+        kept = torch.cat([(same & (one != other)).nonzero().flatten(), apart])
+        return one[kept], other[kept], same[kept]
+
+
 def train_gate(base: Base, block: int, facts: Sequence[Fact] = (), *, seed: int = 0, progress: bool = False) -> LearnedGate:
     """A gate for a model, trained on the package's own wordings; kept in the cache.
 
@@ -115,7 +160,8 @@ def train_gate(base: Base, block: int, facts: Sequence[Fact] = (), *, seed: int 
     kept = _kept(path, base)
     if kept is None:
         with frozen(base.model), seeded(seed, base.device):
-            kept = LearnedGate(*_fitted(_read(base, block, [*prompts, *own], progress), len(prompts), seed), block)
+            read = _read(base, block, [*prompts, *own], progress)
+            kept = LearnedGate(*_fitted(read, len(prompts), _Wordings(base), seed), block)
         with atomic_path(path) as target:
             save_file(kept.tensors(_PREFIX), target)
     return kept
@@ -140,7 +186,7 @@ def _read(base: Base, block: int, prompts: Sequence[Prompt], progress: bool) -> 
     ends = [end(row) for row in rows]
     ended = [base.tokenizer.decode(r[: e + 1], skip_special_tokens=True) for r, e in zip(rows, ends, strict=True)]
     ids, there = word_ids(base.tokenizer, [_asked(t, p.subject) for t, p in zip(ended, prompts, strict=True)])
-    known, words = torch.unique(ids, return_inverse=True)
+    words, embeddings = _embedded(base, ids)
     states = []
     with bar(len(rows), "reading prompts for the gate", "prompt", progress) as shown:
         for first in range(0, len(rows), 512):
@@ -149,9 +195,14 @@ def _read(base: Base, block: int, prompts: Sequence[Prompt], progress: bool) -> 
                 states.append(read_queries(base, block, rows[part], ends[part]).cpu())
             shown.update(len(states[-1]))
     labels = torch.tensor([(p.group, p.relation, p.near, int(p.plain)) for p in prompts])
-    with torch.no_grad():
-        embeddings = base.model.get_input_embeddings()(known.to(base.device)).float().cpu()
     return _Read(torch.cat(states).float(), words, there, embeddings, labels)
+
+
+@torch.no_grad()
+def _embedded(base: Base, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens as rows of a matrix of the embeddings of those that occur."""
+    known, words = torch.unique(ids, return_inverse=True)
+    return words, base.model.get_input_embeddings()(known.to(base.device)).float().cpu()
 
 
 def _asked(text: str, subject: str) -> str:
@@ -161,7 +212,7 @@ def _asked(text: str, subject: str) -> str:
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def _fitted(read: _Read, beforehand: int, seed: int) -> tuple[Gate, torch.Tensor]:
+def _fitted(read: _Read, beforehand: int, wordings: _Wordings, seed: int) -> tuple[Gate, torch.Tensor]:
     """A gate that has learned from most relations; and from those that it has not seen, the scores that each thousandth of
     other questions stays below, from which a threshold is taken.
 
@@ -174,7 +225,7 @@ def _fitted(read: _Read, beforehand: int, seed: int) -> tuple[Gate, torch.Tensor
         relations = sorted({int(r) for r in labels[labels[:, 3] == 1][:, 1]})
         held_out |= set(random.Random(seed).sample(relations, round(_HELD_OUT * len(relations))))
         groups.append({int(g) for g in labels[:, 0]})
-    gate = _descended(read.without(held_out), groups, seed)
+    gate = _descended(read.without(held_out), groups, wordings, held_out, seed)
     anchors, queries, same = read.pairs(held_out)
     return gate, _scores(gate, read, anchors, queries)[~same].cpu().quantile(torch.linspace(0, 1, 1001))
 
@@ -216,29 +267,37 @@ class _Learner(nn.Module):
         self._mean, self._std = _standard(read.states)
         self._word_mean, self._word_std = _standard(read.embeddings)
         self._x = (read.states - self._mean) / self._std
-        self._e = (read.embeddings - self._word_mean) / self._word_std
         start = _discriminant(self._x, read.labels)
         self.projection = nn.Parameter(start * (8 / start.norm()))
-        self.word_projection = nn.Parameter(torch.linalg.svd(self._e, full_matrices=False).Vh[:_SIZE].T.clone())
-        self.word_weight = nn.Parameter(torch.zeros(self._e.shape[1]))
+        e = (read.embeddings - self._word_mean) / self._word_std
+        self.word_projection = nn.Parameter(torch.linalg.svd(e, full_matrices=False).Vh[:_SIZE].T.clone())
+        self.word_weight = nn.Parameter(torch.zeros(e.shape[1]))
         self.word_bias = nn.Parameter(torch.tensor([0.5]))
         self.head = nn.Parameter(torch.tensor(_HEAD))
+        self.word_head = nn.Parameter(torch.tensor(_WORD_HEAD))
 
     def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Scores of pairs of prompts, by their indices."""
         used, at = torch.unique(torch.cat([one, other]), return_inverse=True)
         z = nn.functional.normalize(nn.functional.dropout(self._x[used], _DROPOUT) @ self.projection, dim=-1)
-        words = self._words(used)
+        words = self._words(self._read, used)
         a, b = at[: len(one)], at[len(one) :]
         forth, back = agreement(words[a], words[b])
         return self.head @ torch.stack([(z[a] * z[b]).sum(-1), forth, back, torch.ones(len(a))])
 
-    def _words(self, prompts: torch.Tensor) -> Words:
-        known, at = torch.unique(self._read.words[prompts], return_inverse=True)
-        e = self._e[known]
+    def by_words(self, wordings: _Wordings, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Scores of pairs of wordings, by their indices, from their words alone."""
+        used, at = torch.unique(torch.cat([one, other]), return_inverse=True)
+        words = self._words(wordings, used)
+        forth, back = agreement(words[at[: len(one)]], words[at[len(one) :]])
+        return self.word_head @ torch.stack([forth, back, torch.ones(len(one))])
+
+    def _words(self, read: _Read | _Wordings, prompts: torch.Tensor) -> Words:
+        known, at = torch.unique(read.words[prompts], return_inverse=True)
+        e = (read.embeddings[known] - self._word_mean) / self._word_std
         vectors = nn.functional.normalize(nn.functional.dropout(e, _DROPOUT) @ self.word_projection, dim=-1)
         weights = word_weights(e @ self.word_weight + self.word_bias)
-        return Words(vectors[at], weights[at] * self._read.there[prompts])
+        return Words(vectors[at], weights[at] * read.there[prompts])
 
     def gate(self) -> Gate:
         """What was learned, for states and embeddings as they are."""
@@ -258,20 +317,23 @@ class _Learner(nn.Module):
         )
 
 
-def _descended(read: _Read, groups: Sequence[Collection[int]], seed: int) -> Gate:
+def _descended(
+    read: _Read, groups: Sequence[Collection[int]], wordings: _Wordings, held_out: Collection[int], seed: int
+) -> Gate:
     """A gate that has learned by the logistic loss on pairs, those that ask the same and those that don't weighing alike.
 
     Args:
         groups: those of the package's prompts, then those of facts'; there may be none of the latter.
+        held_out: numbers of relations that nothing may be learned of.
     """
-    generator = torch.Generator().manual_seed(seed)
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     learner = _Learner(read)
     optimiser = torch.optim.AdamW(
         [
             {"params": [learner.projection], "weight_decay": 0.05, "lr": 1e-3},
             {"params": [learner.word_projection], "weight_decay": 0.05, "lr": 3e-3},
             {"params": [learner.word_weight, learner.word_bias], "weight_decay": 0.0, "lr": 3e-3},
-            {"params": [learner.head], "weight_decay": 0.0, "lr": 0.05},
+            {"params": [learner.head, learner.word_head], "weight_decay": 0.0, "lr": 0.05},
         ]
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _STEPS)
@@ -287,13 +349,19 @@ def _descended(read: _Read, groups: Sequence[Collection[int]], seed: int) -> Gat
         for batches in sources:
             chosen = next(batches)
             chosen = chosen[torch.randperm(len(chosen), generator=generator)[:_PAIRS_A_STEP]]
-            logits, yes = learner(anchors[chosen], queries[chosen]), same[chosen]
-            loss = loss + nn.functional.softplus(-logits[yes]).mean() + nn.functional.softplus(logits[~yes]).mean()
+            loss = loss + _logistic(learner(anchors[chosen], queries[chosen]), same[chosen])
+        for _ in range(_KINDS_A_STEP):
+            one, other, alike = wordings.pairs(held_out, rng)
+            loss = loss + _logistic(learner.by_words(wordings, one, other), alike) / _KINDS_A_STEP
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
     return learner.gate()
+
+
+def _logistic(scores: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+    return nn.functional.softplus(-scores[same]).mean() + nn.functional.softplus(scores[~same]).mean()
 
 
 def _batches(pairs: torch.Tensor, groups: torch.Tensor, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

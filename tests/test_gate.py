@@ -64,7 +64,7 @@ def test_it_learns_which_prompts_ask_the_same(base, quick_gate, monkeypatch):
     )
     anchors, queries, same = read.pairs()
     right = []
-    for gate in (untrained, training._descended(read, [range(12), ()], 0)):
+    for gate in (untrained, training._descended(read, [range(12), ()], training._Wordings(base), (), 0)):
         near = training._scores(gate, read, anchors, queries)
         steps = torch.linspace(float(near.min()), float(near.max()), 81)
         right.append(max(float((near[same] >= t).float().mean() + (near[~same] < t).float().mean()) / 2 for t in steps))

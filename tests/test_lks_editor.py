@@ -144,7 +144,14 @@ def test_the_card_tells_what_the_editor_is_and_its_snippet_runs(hub, editor, cap
     editor.push_to_hub("me/editor")
     text = hub.repos["me/editor"].at("main").files["README.md"].content.decode()
     assert check_card(text) == ([], [])
-    for expected in ("library_name: hf_edit", f"base_model: {BASE}", "- `generator`: context", "trained on: 4", "## Misuse"):
+    for expected in (
+        "library_name: hf_edit",
+        f"base_model: {BASE}",
+        "- `generator`: context",
+        "trained on: 4",
+        "- gate: trained by the edit",
+        "## Misuse",
+    ):
         assert expected in text
     exec(re.search(r"```python\n(.*?)\n```\n", text, re.DOTALL)[1], {})
     assert "The capital of France is" in capsys.readouterr().out

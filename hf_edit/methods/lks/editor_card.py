@@ -42,6 +42,7 @@ Edits made with it stand by themselves: packs that are saved of them load withou
 - `generator`: {generator}
 - `layer`: {layer}, the lowest of the {writes} blocks whose outputs are rewritten
 - facts that it was trained on: {num_facts}
+- gate: {gate}
 - `base_fingerprint`: {base_fingerprint}
 - `tokenizer_fingerprint`: {tokenizer_fingerprint}
 - `hf_edit` {version}
@@ -83,6 +84,7 @@ def editor_card(editor: LKSEditor, where: str) -> str:
         layer=editor.layer,
         writes=editor.generator.writes,
         num_facts=editor.num_facts,
+        gate="trained by the edit" if editor.gate is None else "its own, which learned from the wordings of these facts",
         base_fingerprint=editor.base_fingerprint,
         tokenizer_fingerprint=editor.tokenizer_fingerprint,
         version=__version__,
