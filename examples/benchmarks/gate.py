@@ -36,7 +36,7 @@ from shared import markdown, split
 from smollm2 import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_edit import Fact
+from hf_edit import Fact, LKSConfig
 from hf_edit.base import Base
 from hf_edit.facts import fold, read_facts, resolve_conflicts
 from hf_edit.gate import Gate, PromptEnd, asks_about_another, gate_block, read_queries
@@ -147,9 +147,9 @@ def usable(path: str) -> list[Fact]:
 
 
 def measure(
-    base: Base, paths: Sequence[str], blocks: Sequence[int], rows: int, seed: int, told: bool
+    base: Base, paths: Sequence[str], blocks: Sequence[int], rows: int, seed: int, told: bool, quiet: Sequence[float]
 ) -> list[dict[str, object]]:
-    """A row for each gate and file."""
+    """A row for each gate, threshold and file."""
     sets: dict[str, list[Fact]] = {}
     rest: list[Fact] = []
     for path in paths:
@@ -167,9 +167,11 @@ def measure(
             questions = {name: Questions(base, block, facts, seed) for name, facts in sets.items()}
         for learned in [(), rest] if told else [()]:
             started = time.perf_counter()
-            gate = train_gate(base, block, learned, seed=seed).at(0.97)
+            gate = train_gate(base, block, learned, seed=seed)
             row = {"block": block, "rows learned from": len(learned), "seconds": round(time.perf_counter() - started)}
-            table += [{**row, "measured on": name, **asked.scores(gate)} for name, asked in questions.items()]
+            for share in quiet:
+                row["gate_quiet"] = share
+                table += [{**row, "measured on": name, **asked.scores(gate.at(share))} for name, asked in questions.items()]
             print(markdown(table), flush=True)
     return table
 
@@ -179,6 +181,8 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", metavar="FACTS", help="files of facts with rephrases and locality")
     parser.add_argument("--blocks", type=int, nargs="+", help="that gates read (default: the one that edits take)")
     parser.add_argument("--rows", type=int, default=400, help="rows of each file to measure (default: 400)")
+    quiet = LKSConfig().gate_quiet
+    parser.add_argument("--quiet", type=float, nargs="+", default=[quiet], help=f"values of gate_quiet (default: {quiet})")
     parser.add_argument("--told", action="store_true", help="measure a gate that learned from the other rows as well")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default=None, help="a model id or folder (default: SmolLM2-135M-Instruct)")
@@ -189,7 +193,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     base = Base(model, AutoTokenizer.from_pretrained(source))
     blocks = arguments.blocks or [gate_block(base.layout())]
-    found = measure(base, arguments.paths, blocks, arguments.rows, arguments.seed, arguments.told)
+    found = measure(base, arguments.paths, blocks, arguments.rows, arguments.seed, arguments.told, arguments.quiet)
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "gate.json").write_text(json.dumps({"model": str(source), "rows": found}, indent=2) + "\n")

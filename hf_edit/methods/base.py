@@ -30,7 +30,7 @@ def setting(default: Any, help: str) -> Any:
 def gate_quiet_setting() -> Any:
     """The field `gate_quiet` of the methods that have a gate."""
     return setting(
-        0.97,
+        0.95,
         "share of other questions about a subject that the gate keeps quiet, counted on relations that it was not trained on; "
         "the lower, the farther paraphrases it lets through",
     )
