@@ -408,7 +408,7 @@ class EditPack(PushToHub):
 
 
 def save_packs(packs: Mapping[Path, tuple[EditPack, str]]) -> None:
-    """Write packs with their cards, each into its folder. None takes effect before all are written; on an error none does.
+    """Write packs with their cards, each into its folder: all take effect in one step, or none does.
 
     Raises:
         PackFormatError, OSError: as of `EditPack.save_pretrained`.

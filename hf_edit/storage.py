@@ -3,8 +3,8 @@
 A save writes all files into a folder beside the old ones (`.saving-...`), and takes effect in one step: that folder is
 renamed to `.incoming`. From then on its files count before those of the same name in the pack's own folder, into which they
 are moved one by one. So whoever reads finds the old pack before that step and the new one after it, wherever the save may
-have been cut off; the next save finishes what a cut-off one left, whichever of several writers it is. Several packs are written
-before the first of them takes effect.
+have been cut off; the next save finishes what a cut-off one left, whichever of several writers it is. Several packs of a
+folder take effect in the same step: the folder that is renamed holds one for each of them.
 """
 
 from __future__ import annotations
@@ -43,9 +43,18 @@ _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)  # what renaming onto 
 
 
 def located(folder: Path, name: str) -> Path:
-    """Where a pack's file stands, whether or not it exists: a finished save's before the folder's own."""
-    incoming = folder / _INCOMING / name
-    return incoming if os.path.lexists(incoming) else folder / name
+    """Where a pack's file stands, whether or not it exists: a finished save's before the folder's own, be it a save of this
+    pack or of several in the folder above."""
+    for incoming in (folder / _INCOMING / name, _from_above(folder) / name):
+        if os.path.lexists(incoming):
+            return incoming
+    return folder / name
+
+
+def _from_above(folder: Path) -> Path:
+    """Where a finished save of several packs has a folder's files, until they are put in place."""
+    folder = Path(os.path.abspath(folder))  # the link to a folder stands where its name does
+    return folder.parent / _INCOMING / folder.name
 
 
 def read_whole(folder: Path, config: str, read: Callable[[], T]) -> T:
@@ -103,17 +112,22 @@ def _opened(folder: Path, name: str) -> Iterator[tuple[io.FileIO, int]]:
     """A pack's file and its size."""
     path = located(folder, name)
     try:
-        descriptor = _open(path, folder)
+        descriptor = _open(path, _home(path, folder))
     except (FileNotFoundError, PackFormatError):
         if (moved := located(folder, name)) == path:
             raise
-        descriptor = _open(moved, folder)  # a save put it in place in between
+        descriptor = _open(moved, _home(moved, folder))  # a save put it in place in between
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
         raise PackFormatError(f"{path} is no regular file")
     with open(descriptor, "rb", buffering=0) as file:
         yield file, found.st_size
+
+
+def _home(path: Path, folder: Path) -> Path:
+    """The folder that a pack's file may not leave."""
+    return folder if path.is_relative_to(folder) else path.parent
 
 
 def _take(file: io.FileIO, count: int, path: Path) -> bytearray:
@@ -181,36 +195,44 @@ def file_digest(path: Path) -> str:
 @contextmanager
 def replacing(*folders: Path) -> Iterator[list[Path]]:
     """For each of some folders one to write files to, which take the place of those in it all at once when the context ends
-    well. Of several folders none changes before the files of all are on the disk; then they change one after the other, by a
-    renaming each.
+    well: by one renaming, also of several folders, which are a folder and such in it.
 
     Raises:
         NotADirectoryError: there is a file in a folder's place.
         IsADirectoryError: there is a folder in a file's place.
         OSError: the disk is full, a folder can't be written to; all are as they were then.
     """
-    stagings: dict[Path, Path] = {}
+    root = Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+    within = {folder: Path(os.path.relpath(os.path.abspath(folder), root)) for folder in folders}
+    for folder in folders:
+        _make(folder)
+    staging = _staging(root)
     try:
+        for at in within.values():
+            (staging / at).mkdir(exist_ok=True)
+        yield [staging / at for at in within.values()]
+        for folder, at in within.items():
+            _settle(staging / at, folder)
         for folder in folders:
-            stagings[folder] = _staging(folder)
-        yield list(stagings.values())
-        for folder, staging in stagings.items():
-            _settle(staging, folder)
-        for folder, staging in stagings.items():
-            _commit(staging, folder)
+            if within[folder] != Path():
+                _put_in_place(folder)  # what a killed save left would come after these files otherwise
+        _commit(staging, root)
     except BaseException:
-        for staging in stagings.values():
-            shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         raise
     for folder in folders:
         _flush(folder)
-        _put_in_place(folder)
+    _put_in_place(root)
 
 
-def _staging(folder: Path) -> Path:
+def _make(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder to save the pack in")
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def _staging(folder: Path) -> Path:
+    _make(folder)
     _sweep(folder)
     return Path(tempfile.mkdtemp(prefix=_SAVING, dir=folder))
 
@@ -228,7 +250,7 @@ def _settle(staging: Path, folder: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     staging.chmod(0o777 & ~umask)
-    for path in staging.iterdir():
+    for path in (path for path in staging.iterdir() if not path.is_dir()):  # packs within have their own turn
         if (folder / path.name).is_dir():
             raise IsADirectoryError(f"{folder / path.name} is a folder, where a file of the pack would go; move it away")
         path.chmod(0o666 & ~umask)  # safetensors writes 0600 whatever the umask
@@ -238,6 +260,8 @@ def _settle(staging: Path, folder: Path) -> None:
 
 def _commit(staging: Path, folder: Path) -> None:
     """The renaming from which on the new files count."""
+    if _from_above(folder).is_dir():
+        _put_in_place(folder.parent)  # an earlier save of several packs, which would come after this one otherwise
     while True:
         try:
             os.rename(staging, folder / _INCOMING)
@@ -251,9 +275,17 @@ def _commit(staging: Path, folder: Path) -> None:
 
 def _put_in_place(folder: Path) -> bool:
     """Move a finished save's files to where they belong; another writer may be doing the same. Whether something moved."""
-    incoming, moved = folder / _INCOMING, False
-    with suppress(FileNotFoundError):
+    return _move(folder / _INCOMING, folder)
+
+
+def _move(incoming: Path, folder: Path) -> bool:
+    moved = False
+    with suppress(FileNotFoundError, NotADirectoryError):
         for path in sorted(incoming.iterdir(), key=lambda path: path.suffix == ".json"):  # the configuration last
+            if path.is_dir() and not path.is_symlink():
+                _make(folder / path.name)
+                moved |= _move(path, folder / path.name)
+                continue
             with suppress(FileNotFoundError):
                 path.replace(folder / path.name)
                 moved = True

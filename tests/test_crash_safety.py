@@ -39,6 +39,7 @@ import errno, json, os, resource, shutil, signal, sys
 from pathlib import Path
 import hf_edit.pack, hf_edit.storage, hf_edit.methods.steam
 from hf_edit import EditPack
+from hf_edit.pack import save_packs
 
 work = Path(sys.argv[3])
 old, new = packs = [EditPack.from_pretrained(name) for name in sys.argv[1:3]]
@@ -57,7 +58,20 @@ def child(action):
         os._exit(0)
     return number
 
-def cut_off(how, at):
+def one(pack, _):
+    pack.save_pretrained(work)
+
+def several(first, second):
+    save_packs({work / "more": (second, "card"), work: (first, "card"), work / "third": (second, "card")})
+
+def version_of_one():
+    return name_of(EditPack.from_pretrained(work).digest)
+
+def version_of_several():
+    read = [EditPack.from_pretrained(work, pack_name=name).digest for name in ("default", "more", "third")]
+    return {(old.digest, new.digest, new.digest): "old", (new.digest, old.digest, old.digest): "new"}.get(tuple(read), "other")
+
+def cut_off(how, at, save):
     lines = 0
     def trace(frame, event, _):
         nonlocal lines
@@ -71,27 +85,32 @@ def cut_off(how, at):
                 raise OSError(errno.ENOSPC, "No space left on device")
         return trace
     sys.settrace(trace)
-    new.save_pretrained(work)
+    save(new, old)
     os._exit(0 if lines < at else 5)  # 5: the save got over it
 
 def name_of(digest):
     return {old.digest: "old", new.digest: "new"}.get(digest, "other")
 
 found = {}
-for how in ("kill", "full"):
+ways = [(how, *what) for what in ((one, version_of_one), (several, version_of_several)) for how in ("kill", "full")]
+for how, save, version in ways:
     seen, code = {"points": 0, "old": 0, "new": 0, "other": 0}, None
     while code != 0:
         seen["points"] += 1
         shutil.rmtree(work, ignore_errors=True)
-        old.save_pretrained(work)
-        code = os.waitstatus_to_exitcode(os.waitpid(child(lambda: cut_off(how, seen["points"])), 0)[1])
+        save(old, new)
+        code = os.waitstatus_to_exitcode(os.waitpid(child(lambda: cut_off(how, seen["points"], save)), 0)[1])
         assert code in (0, 1, 5, 9), code
-        seen[name_of(EditPack.from_pretrained(work).digest)] += 1
+        seen[version()] += 1
         if seen["points"] % 4 == 0:  # the next save goes on from what was left
-            old.save_pretrained(work)
-            assert EditPack.from_pretrained(work).digest == old.digest
-            assert not (work / ".incoming").exists()
-    found[how] = seen
+            if save is several:  # first of one of them alone
+                was = version()
+                EditPack.from_pretrained(work, pack_name="more").save_pretrained(work / "more")
+                assert version() == was
+            save(old, new)
+            assert version() == "old"
+            assert not [*work.rglob(".incoming")]
+    found[how + " " + save.__name__] = seen
 
 shutil.rmtree(work)
 old.save_pretrained(work)
@@ -150,7 +169,7 @@ def _version(folder, two):
 
 
 def test_several_packs_take_effect_together(world, two, tmp_path, monkeypatch):
-    """Whatever the save has written when it is killed; only between its two renamings is there one new pack and one old."""
+    """Whatever the save has written when it is killed."""
     _, new = _of_two_packs(world, two, tmp_path / "packs")
     seen = []
 
@@ -168,10 +187,9 @@ def test_several_packs_take_effect_together(world, two, tmp_path, monkeypatch):
         patch.setattr(hf_edit.pack, "write_tensors", watched(hf_edit.pack.write_tensors))
         patch.setattr(hf_edit.pack, "file_digest", watched(hf_edit.pack.file_digest))
         new.save_pretrained(tmp_path / "packs")
-    writing = 2 * 3 + 1  # tensors and two hashes of each pack, then the first renaming
+    writing = 2 * 3 + 1  # tensors and two hashes of each pack, then the renaming
     assert seen[:writing] == [("old", "old")] * writing
-    assert seen[writing] == ("new", "old")
-    assert seen[writing + 1 :] == [("new", "new")] * 8  # its files, and theirs, are moved one by one
+    assert seen[writing:] == [("new", "new")] * 8  # their files are moved one by one
     assert _version(tmp_path / "packs", two) == ("new", "new")
 
 
@@ -196,7 +214,7 @@ def test_an_error_in_the_last_of_several_packs_leaves_all_as_they_were(world, tw
     assert set(os.listdir(tmp_path / "packs" / "more")) == FILES
 
 
-@pytest.mark.parametrize("how", ["kill", "full"])
+@pytest.mark.parametrize("how", ["kill one", "full one", "kill several", "full several"])
 def test_a_save_cut_off_anywhere_leaves_the_old_pack_or_the_new_one(saves, how):
     found = saves[how]
     assert found["points"] > 80
