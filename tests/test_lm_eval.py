@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -10,7 +11,9 @@ from conftest import FACTS, QUICK_LKS, QUICK_STEAM
 
 pytest.importorskip("lm_eval.models.huggingface", reason="lm_eval is not installed")
 
+import lm_eval
 from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 
 
@@ -50,3 +53,30 @@ def test_the_harness_measures_the_model_as_it_is_edited(llama, method, settings)
 
     with llama.disable_edits():
         assert _likelihoods(harness) == pytest.approx(clean, abs=1e-5)
+
+
+def test_a_whole_evaluation_sees_the_edit(llama, tmp_path):
+    """`simple_evaluate` with a task of its own, from a file."""
+    choices = [f.target for f in FACTS]
+    rows = [{"question": f.question, "choices": choices, "answer": n} for n, f in enumerate(FACTS)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "task": "edited",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+
+    def accuracy():
+        harness = HFLM(pretrained=llama, tokenizer=llama.tokenizer, batch_size=2)
+        found = lm_eval.simple_evaluate(model=harness, tasks=[ConfigurableTask(config=dict(settings))], bootstrap_iters=0)
+        return found["results"]["edited"]["acc,none"]
+
+    clean = accuracy()
+    llama.edit(FACTS, "lks", progress=False, verify=False, **QUICK_LKS)
+    assert accuracy() == 1.0 > clean
