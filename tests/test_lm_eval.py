@@ -78,5 +78,5 @@ def test_a_whole_evaluation_sees_the_edit(llama, tmp_path):
         return found["results"]["edited"]["acc,none"]
 
     clean = accuracy()
-    llama.edit(FACTS, "lks", progress=False, verify=False, **QUICK_LKS)
+    llama.edit(FACTS, "steam", progress=False, verify=False, **QUICK_STEAM)
     assert accuracy() == 1.0 > clean
