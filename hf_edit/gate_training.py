@@ -154,8 +154,8 @@ def train_gate(base: Base, block: int, facts: Sequence[Fact] = (), *, seed: int 
     """
     prompts = bank_prompts(base, seed)
     own = fact_prompts(base, telling(facts, seed), prompts, seed) if tells_enough(facts) else []
-    known = "".join("-" + sha256(repr(own).encode()).hexdigest()[:16] for _ in own[:1])
-    name = f"{base.tokenizer_fingerprint}-{block}-{seed}-v{_VERSION}{known}.safetensors"
+    told = "-" + sha256(repr(own).encode()).hexdigest()[:16] if own else ""
+    name = f"{base.tokenizer_fingerprint}-{block}-{seed}-v{_VERSION}{told}.safetensors"
     path = cache_folder("gates", base.fingerprint) / name
     kept = _kept(path, base)
     if kept is None:
