@@ -76,7 +76,7 @@ class LKSConfig(EditConfig):
     train_on_rephrases: bool = setting(
         False,
         "train on the facts' own rephrases and locality questions, which then can't measure the edit any more; where 500 facts "
-        "or more have both, the gate learns from them too",
+        "or more have both, the gate learns from them too, unless `editor` brings one",
     )
     compute_dtype: str = setting("auto", "'auto' trains in bfloat16 where the hardware has it, 'model' in the model's dtype")
     cache_bytes: int = setting(3 << 30, "memory that training may fill with what it computed once; the rest goes to disk")
