@@ -24,7 +24,16 @@ from .layout import Layout
 from .suffix import read_keys_and_states
 from .wording import SENTENCE_END, Words, word_weights
 
-__all__ = ["Gate", "LearnedGate", "PromptEnd", "asks_about_another", "embedding_size", "gate_block", "read_queries"]
+__all__ = [
+    "Gate",
+    "LearnedGate",
+    "PromptEnd",
+    "asks_about_another",
+    "block_read",
+    "embedding_size",
+    "gate_block",
+    "read_queries",
+]
 
 _DEPTH = 0.45
 _SHAPES = {  # by letters, each of which stands for one size
@@ -40,7 +49,6 @@ _SHAPES = {  # by letters, each of which stands for one size
 }
 _MOST = 4096  # directions of a projection
 _OTHERS, _BLOCK = "others", "block"
-_MANY_BLOCKS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -188,9 +196,18 @@ class LearnedGate:
         rising = others.dim() == 1 and len(others) > 1 and others.dtype == torch.float32 and bool(others.isfinite().all())
         if not rising or bool((others.diff() < 0).any()):
             raise PackFormatError("the gate's scores of other questions are no finite float32 numbers in rising order")
-        if block.shape != (1,) or block.dtype != torch.float32 or float(block) not in range(_MANY_BLOCKS):
-            raise PackFormatError(f"the gate reads no block of a model: {block.dtype} {list(block.shape)}")
-        return cls(gate, others, int(block))
+        return cls(gate, others, block_read(block))
+
+
+def block_read(tensor: torch.Tensor, blocks: int = 1 << 16) -> int:
+    """The number of the block that a gate from a file reads, of so many.
+
+    Raises:
+        PackFormatError: it is no such number.
+    """
+    if tensor.shape != (1,) or tensor.dtype != torch.float32 or float(tensor) not in range(blocks):
+        raise PackFormatError(f"the gate reads no block of the model: {tensor.dtype} {list(tensor.shape)}")
+    return int(tensor)
 
 
 def embedding_size(base: Base) -> int:

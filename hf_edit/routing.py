@@ -10,7 +10,7 @@ import torch
 from .base import Base
 from .errors import MergeError, PackFormatError
 from .facts import Fact
-from .gate import Gate, LearnedGate, PromptEnd, embedding_size, gate_block, read_queries
+from .gate import Gate, LearnedGate, PromptEnd, block_read, embedding_size, gate_block, read_queries
 from .gate_training import train_gate
 from .wording import Words, agreement, asked_words, word_ids
 
@@ -61,7 +61,6 @@ class Routing:
 
 
 GATE = "gate."  # what the names of its tensors begin with
-_MANY_BLOCKS = 1 << 16
 _KEYS, _BLOCK = GATE + "keys", GATE + "block"
 
 
@@ -150,9 +149,7 @@ def validate_routing(tensors: Mapping[str, torch.Tensor], facts: int, hidden: in
             f"the pack's gate needs a finite float32 matrix of {facts} keys by {gate.projection.shape[1]}, "
             f"not {keys.dtype} {list(keys.shape)}"
         )
-    block, blocks = tensors[_BLOCK], _MANY_BLOCKS if base is None else len(base.layout())
-    if block.shape != (1,) or block.dtype != torch.float32 or float(block) not in range(blocks):
-        raise PackFormatError(f"the pack's gate reads no block of the model: {block.dtype} {list(block.shape)}")
+    block_read(tensors[_BLOCK]) if base is None else block_read(tensors[_BLOCK], len(base.layout()))
 
 
 def load_routing(base: Base, tensors: Mapping[str, torch.Tensor], facts: Sequence[Fact]) -> Routing | None:

@@ -114,7 +114,8 @@ class Steam:
         In one layer without `bystanders` that is the edit of the same values without the other facts. Otherwise the other
         tokens of their prompts stay protected, and of several layers the upper ones keep the residuals that they were given
         with those facts in force below: of 20 facts of a batch, 19 are then left with weights 5 to 7 % from an edit of these
-        alone, and targets' NLL within 0.006. Behind a gate facts stand by themselves, and the others stay bit for bit.
+        alone (without `retries`), and targets' NLL within 0.006. Behind a gate facts stand by themselves, and the others stay
+        bit for bit.
         """
         keep = list(keep)
         facts = tuple(fit.facts[i] for i in keep)
