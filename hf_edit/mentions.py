@@ -23,7 +23,7 @@ from .asked import asking
 from .base import Base
 from .gate import PromptEnd, asks_about_another
 from .routing import Routing
-from .scope import Entities, mentions_in_tokens
+from .scope import Entities, mentions_in_tokens, text_of
 from .suffix import hidden_of
 from .wording import asked_words
 
@@ -329,8 +329,20 @@ class MentionAttachment:
         settled = max(0, first - self._window)  # a name that ends further back can't be continued by what is new
         begin = max(0, settled - self._window)
         part = [i for i in real if i >= begin]
-        found = [(part[i], e) for i, e in mentions_in_tokens(self._tokenizer, self._scope, [row.ids[c] for c in part])]
+        ids = [row.ids[c] for c in part]
+        before = [row.ids[c] for c in part if c < first]
+        if before and [e for c, e in row.mentions if c >= begin] == self._same_entities(before, ids):
+            return row.mentions
+        found = [(part[i], e) for i, e in mentions_in_tokens(self._tokenizer, self._scope, ids)]
         return [m for m in row.mentions if m[0] < settled] + [m for m in found if m[0] >= settled]
+
+    def _same_entities(self, before: Sequence[int], ids: Sequence[int]) -> list[int] | None:
+        """The entities that a text mentions, where it mentions them at the very places where its beginning does; None where not.
+
+        Most tokens that a model generates neither end a name nor go on with one: then nobody has to ask at which tokens the
+        mentions stand, which costs ten times as much."""
+        found = [self._scope.find(text_of(self._tokenizer, part)) for part in (before, ids)]
+        return [mention.entity for mention in found[0]] if found[0] == found[1] else None
 
     def _questions(
         self,

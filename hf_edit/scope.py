@@ -13,7 +13,7 @@ import ahocorasick
 from .facts import Fact
 from .positions import joined_without_space
 
-__all__ = ["Entities", "Mention", "Scope", "mentions_in_tokens"]
+__all__ = ["Entities", "Mention", "Scope", "mentions_in_tokens", "text_of"]
 
 _EXACT_CASE = 3  # names up to this length match in their own case only: "US" is not "us"
 _FUZZY_LENGTH = 8  # names from this length on are also found with one typing mistake, where that is asked for
@@ -166,7 +166,7 @@ def _longest(found: list[Mention]) -> list[Mention]:
 
 def mentions_in_tokens(tokenizer: Any, scope: Scope, ids: Sequence[int]) -> list[tuple[int, int]]:
     """(index of the mention's last token, entity) for all mentions in a row of token ids."""
-    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = text_of(tokenizer, ids)
     mentions = scope.find(text)
     if not mentions:
         return []
@@ -179,16 +179,18 @@ def mentions_in_tokens(tokenizer: Any, scope: Scope, ids: Sequence[int]) -> list
     return found
 
 
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of token ids as it stands, special tokens included."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 def _token_spans(tokenizer: Any, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
     """Each token's characters in the decoded text."""
     again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if list(again["input_ids"]) == list(ids):
         return again["offset_mapping"]
     # Sampled tokens need not be those that the tokenizer would choose: decode ever longer pieces instead.
-    ends = [
-        len(tokenizer.decode(ids[: i + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        for i in range(len(ids))
-    ]
+    ends = [len(text_of(tokenizer, ids[: i + 1])) for i in range(len(ids))]
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
