@@ -337,7 +337,7 @@ class MentionAttachment:
         return [m for m in row.mentions if m[0] < settled] + [m for m in found if m[0] >= settled]
 
     def _same_entities(self, before: Sequence[int], ids: Sequence[int]) -> list[int] | None:
-        """The entities that a text mentions, where it mentions them at the very places where its beginning does; None where not.
+        """The entities that a text mentions, if it mentions them at the very places where its beginning does; None if not.
 
         Most tokens that a model generates neither end a name nor go on with one: then nobody has to ask at which tokens the
         mentions stand, which costs ten times as much."""

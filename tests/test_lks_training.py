@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import FACTS, QUICK_LKS, same, snapshot, tiny_model
 
-from hf_edit import BaseMismatchError, EditableModelForCausalLM, Fact, LKSEditor
+from hf_edit import BaseMismatchError, EditableModelForCausalLM, Fact, LKSConfig, LKSEditor
 from hf_edit.methods.lks import bank_facts, checkpoint, editor, swap_entity, training
 from hf_edit.methods.lks.features import read_features
+from hf_edit.methods.lks.generator import generator_of
 from hf_edit.methods.lks.retelling import retold
 from hf_edit.methods.lks.store import TensorStore
 
@@ -142,6 +143,23 @@ def test_a_feature_tells_every_token_of_the_target(llama):
     assert not short[1 + len(ids) :].any()
 
 
+def test_a_generator_has_places_for_all_tokens_of_its_facts_targets_and_no_more(llama):
+    long = Fact("Portugal", "The capital of {} is", "Tokyo Rome Berlin Madrid")
+    tokens = len(llama.tokenizer(" " + long.target)["input_ids"])
+
+    def places(facts, **settings):
+        _edit(llama, facts, **settings)
+        read = llama.packs["default"].tensors["generator.feature_in.weight"].shape[1] // llama.config.hidden_size
+        llama.rollback()
+        return read - 1
+
+    assert 3 < tokens < LKSConfig().target_tokens
+    assert places([long]) == tokens
+    assert places([*FACTS, long]) == tokens
+    assert places(FACTS) == max(len(llama.tokenizer(" " + fact.target)["input_ids"]) for fact in FACTS) < tokens
+    assert places([long], target_tokens=2) == 2
+
+
 def test_facts_that_join_a_pack_leave_the_others_as_they_were(llama):
     _edit(llama, FACTS[:2])
     before = llama.packs["default"]
@@ -151,6 +169,17 @@ def test_facts_that_join_a_pack_leave_the_others_as_they_were(llama):
     joined = llama.packs["default"]
     assert torch.equal(joined.tensors["codes"][:2], before.tensors["codes"])
     assert all(torch.equal(a, _logits(llama, f.question)) for a, f in zip(answers, FACTS[:2], strict=True))
+
+
+def test_facts_that_join_a_pack_may_keep_the_codes_that_its_generator_makes(llama):
+    _edit(llama, FACTS[:2])
+    _edit(llama, FACTS[2:], code_lr=0.0)
+    pack = llama.packs["default"]
+    state = {name.removeprefix("generator."): t for name, t in pack.tensors.items() if name.startswith("generator.")}
+    generator = generator_of("context", state)
+    with llama.disable_edits():
+        features = read_features(llama._base, editor.block_of(llama._base, pack.config), FACTS[2:], generator.slots)
+    torch.testing.assert_close(pack.tensors["codes"][2:], generator.encode(features))
 
 
 def test_a_fact_is_taken_out_without_training_while_its_subject_keeps_the_other(llama):

@@ -39,7 +39,9 @@ class LKSConfig(EditConfig):
     )
     width: float = setting(2.0, "hidden width of 'context' and 'residual', relative to the model's")
     target_tokens: int = setting(
-        4, "places for the target's tokens in what 'context' and 'residual' are shown, the last one for all that are left"
+        10,
+        "places for the target's tokens in what 'context' and 'residual' are shown, the last one for all that are left; a "
+        "generator that is trained for the facts alone has no more than the longest of them needs",
     )
     editor: Any = setting(
         "none",

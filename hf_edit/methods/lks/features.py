@@ -17,10 +17,15 @@ from ...progress import bar
 from ...references import bank
 from ...suffix import read_keys_and_states
 
-__all__ = ["general_states", "read_features"]
+__all__ = ["general_states", "longest_target", "read_features"]
 
 _GENERAL_TEXTS = 128
 _GROUP = 512  # facts that are read at a time
+
+
+def longest_target(base: Base, facts: Sequence[Fact]) -> int:
+    """Tokens of the longest target."""
+    return max(len(text.labels) for text in encode(base.tokenizer, [fact_text(f, target=f.target) for f in facts]))
 
 
 def read_features(base: Base, block: int, facts: Sequence[Fact], slots: int, progress: bool = False) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 
@@ -20,7 +21,7 @@ from .attach import Rewriting
 from .config import LKSConfig
 from .editor import block_of, blocks_from, checkpoint_path, open_editor
 from .examples import build_examples
-from .features import read_features
+from .features import longest_target, read_features
 from .generator import Generator, generator_of, packed
 from .training import train
 
@@ -58,7 +59,7 @@ class LKS:
                 "train=False edits by a generator that was trained beforehand; give one: editor='bank' or a folder"
             )
         if previous is None:
-            editor = open_editor(base, config, seed, progress)
+            editor = open_editor(base, _fitted(base, facts, config), seed, progress)
             block, trained = editor.layer, editor.num_facts > 0
             start, learned = editor.generator, editor.gate
         else:
@@ -68,10 +69,10 @@ class LKS:
         blocks = blocks_from(base, block, generator.writes)
         with frozen(base.model):
             features = read_features(base, block, facts, generator.slots, progress).to(base.device)
-            if config.train:
+            codes_only = trained and not config.released and (previous is not None or len(facts) <= _FEW)
+            if config.train and not (codes_only and config.code_lr == 0):
                 examples = build_examples(base, facts, config, seed, progress)
                 path = checkpoint_path(base, facts, config, start, seed)
-                codes_only = trained and not config.released and (previous is not None or len(facts) <= _FEW)
                 with seeded(seed, base.device):
                     codes = train(
                         base, blocks, generator, features, examples, config, seed, progress, path, codes_only=codes_only
@@ -134,6 +135,13 @@ class LKS:
         effects = {blocks[_block_of(name)]: Rewriting(generator, codes, write) for write, name in enumerate(fit.modules)}
         entities = Entities.of(fit.facts, config.fuzzy)
         return MentionAttachment(base, entities, effects, load_routing(base, fit.tensors, fit.facts))
+
+
+def _fitted(base: Base, facts: Sequence[Fact], config: LKSConfig) -> LKSConfig:
+    """The settings of a generator that nobody else will use: with places for the tokens that these facts' targets have."""
+    if config.released or config.editor != "none":
+        return config
+    return replace(config, target_tokens=min(config.target_tokens, longest_target(base, facts)))
 
 
 def _single_letter(facts: Sequence[Fact]) -> str | None:

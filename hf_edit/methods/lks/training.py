@@ -39,18 +39,20 @@ class Codes(nn.Module):
 
     Args:
         features: [facts, slots, hidden].
-        size: numbers in a code.
+        size: numbers in a code; 0 where codes have no corrections.
     """
 
     def __init__(self, features: torch.Tensor, size: int) -> None:
         super().__init__()
         self.features = features
-        self.own = nn.Embedding(len(features), size, sparse=True, device=features.device)
-        nn.init.zeros_(self.own.weight)
+        self.own = nn.Embedding(len(features), size, sparse=True, device=features.device) if size else None
+        if self.own is not None:
+            nn.init.zeros_(self.own.weight)
 
     def forward(self, generator: Generator, facts: torch.Tensor) -> torch.Tensor:
         """[n] indices of facts to [n, size]."""
-        return generator.encode(self.features[facts]) + self.own(facts)
+        made = generator.encode(self.features[facts])
+        return made if self.own is None else made + self.own(facts)
 
     @torch.no_grad()
     def all(self, generator: Generator) -> torch.Tensor:
@@ -179,15 +181,14 @@ def train(
     facts = len(features) // tellings
     told = [[kind[n : n + facts] for kind in index] for n in range(0, len(features), facts)]
     device = base.device
-    codes = Codes(features.to(device), generator.code_size)
     code_lr = 0.0 if config.released else (_CODE_LR if config.code_lr is None else config.code_lr)
+    codes = Codes(features.to(device), generator.code_size if code_lr else 0)
     generator.requires_grad_(not codes_only)
     optimisers: list[torch.optim.Optimizer] = []
     if not codes_only:
         optimisers.append(torch.optim.AdamW(generator.parameters(), lr=config.lr, weight_decay=0.0))
     if code_lr:
         optimisers.append(torch.optim.SparseAdam(codes.parameters(), lr=code_lr))
-    codes.requires_grad_(bool(code_lr))
     highest = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
     lengths = [len(e.ids) - e.mentions[0] for e in flat]
     epochs, steps = _plan(told[0], lengths, config)
