@@ -312,7 +312,7 @@ def _fresh(base: Base, config: LKSConfig, seed: int) -> LKSEditor:
     with seeded(seed, base.device), frozen(base.model):
         blocks = blocks_from(base, block, 1 if config.released else config.writes)
         generator = make_generator(config.generator, hidden, round(config.width * hidden), config.slots, len(blocks))
-        features, states = general_states(base, blocks, config.slots)
+        features, states = general_states(base, blocks)
         generator.standardise(features.cpu(), [s.cpu() for s in states])
     return LKSEditor(config.generator, block, generator, base.fingerprint, base.tokenizer_fingerprint, 0, _on_hub(base))
 

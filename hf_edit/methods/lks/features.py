@@ -50,8 +50,8 @@ def read_features(base: Base, block: int, facts: Sequence[Fact], slots: int, pro
     return torch.cat(found)
 
 
-def general_states(base: Base, blocks: Sequence[int], slots: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Features [n, slots, hidden] from the lowest block, and from each block the subject states [n, hidden], of the bank's
+def general_states(base: Base, blocks: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Features [n, 1 + tokens, hidden] from the lowest block, and from each block the subject states [n, hidden], of the bank's
     facts of all kinds, to standardise with: no fact needs others beside it."""
     references = [group[0] for group in bank().values()]
     references = references[:: max(1, len(references) // _GENERAL_TEXTS)][:_GENERAL_TEXTS]
@@ -63,7 +63,8 @@ def general_states(base: Base, blocks: Sequence[int], slots: int) -> tuple[torch
         texts.append(Text(whole, (len(before), len(before) + len(r.subject)), (len(prompt), len(whole))))
     encoded = encode(base.tokenizer, texts)
     subjects = [t.subject for t in encoded]
-    return _features(base, blocks[0], encoded, slots), [_states(base, block, encoded, subjects) for block in blocks]
+    features = _features(base, blocks[0], encoded, 1 + max(len(t.labels) for t in encoded))
+    return features, [_states(base, block, encoded, subjects) for block in blocks]
 
 
 def _features(base: Base, block: int, texts: Sequence[EncodedText], slots: int) -> torch.Tensor:

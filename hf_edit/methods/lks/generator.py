@@ -43,7 +43,7 @@ class Generator(nn.Module):
     writes: int = 1
 
     def standardise(self, features: torch.Tensor, states: Sequence[torch.Tensor]) -> None:
-        """Take means and deviations from samples: features [n, slots, hidden], states [n, hidden] for each write."""
+        """Take means and deviations from samples: features [n, 1 + tokens, hidden], states [n, hidden] for each write."""
 
     def encode(self, features: torch.Tensor) -> torch.Tensor:
         """Codes of facts: [facts, slots, hidden] to [facts, code_size]."""
