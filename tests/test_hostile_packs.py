@@ -325,15 +325,15 @@ def _each(change):
     [
         (lambda tensors: tensors.pop(sorted(tensors)[0]), "tensors|needs a"),
         (lambda tensors: tensors.update(extra=torch.zeros(1)), "tensors"),
-        (_each(lambda t: t.to(torch.float16)), "float32|dtype|matri|tensors"),
+        (_each(lambda t: t.to(torch.bfloat16)), "float32|dtype|matri|tensors"),
         (_each(lambda t: t.reshape(-1)), "matri|shape|tensors"),
         (_each(lambda t: t.reshape(-1)[:1].clone()), "matri|shape|tensors"),
         (_each(lambda t: t.T.contiguous()), "facts|matri|shape|tensors"),
         (_each(lambda t: t[..., :-1].contiguous()), "facts|matri|shape|tensors|codes"),
         (_each(lambda t: t * float("nan")), "NaN or infinity"),
         (_each(lambda t: t.index_fill(0, torch.tensor([0]), float("inf"))), "NaN or infinity"),
-        (_each(lambda t: torch.full_like(t, 1e30)), "out of any scale"),
-        (_each(lambda t: torch.full_like(t, -1e30)), "out of any scale"),
+        (_each(lambda t: torch.full_like(t.float(), 1e30)), "out of any scale"),
+        (_each(lambda t: torch.full_like(t.float(), -1e30)), "out of any scale"),
     ],
     ids=["missing", "extra", "dtype", "rank", "one-element", "transposed", "short", "nan", "inf", "1e30", "-1e30"],
 )

@@ -33,12 +33,15 @@ class Generator(nn.Module):
         slots: how many vectors of a feature the generator reads: the state at the target's last token, then the target's
             tokens (see `hf_edit.methods.lks.features`).
         code_size: numbers in a code.
+        code_dtype: how codes are kept: in half precision like the matrices that read them, but where they are states of the
+            model themselves, which may be too large for that.
         hidden: width of the model.
         writes: at how many blocks it rewrites an entity's state.
     """
 
     slots: int
     code_size: int
+    code_dtype: torch.dtype = torch.float16
     hidden: int
     writes: int = 1
 
@@ -68,6 +71,7 @@ class OverwriteGenerator(Generator):
     """
 
     slots = 1
+    code_dtype = torch.float32
 
     def __init__(self, hidden: int) -> None:
         super().__init__()

@@ -85,7 +85,7 @@ class LKS:
             if config.gate:
                 telling: Sequence[Fact] = facts if config.train_on_rephrases else ()
                 gate = fit_routing(base, everything, known, clean, seed, progress, config.gate_quiet, block, learned, telling)
-        codes = codes.detach().float().cpu()
+        codes = codes.detach().to(generator.code_dtype).cpu()
         tensors = {_PREFIX + name: t for name, t in packed(generator).items()} | gate
         tensors[_CODES] = codes if previous is None else torch.cat([previous.tensors[_CODES], codes])
         return Fit(tensors, _modules(base, blocks), everything)
@@ -99,13 +99,13 @@ class LKS:
     def validate(self, fit: Fit, config: LKSConfig, base: Base | None) -> None:
         """See `hf_edit.methods.Method.validate`."""
         codes = fit.tensors.get(_CODES)
-        if codes is None or codes.dim() != 2 or codes.dtype != torch.float32 or len(codes) != len(fit.facts):
-            raise PackFormatError(f"the pack needs a float32 matrix 'codes' with a row for each of its {len(fit.facts)} facts")
+        if codes is None or codes.dim() != 2 or len(codes) != len(fit.facts):
+            raise PackFormatError(f"the pack needs a matrix 'codes' with a row for each of its {len(fit.facts)} facts")
         try:
             generator = _loaded(config, fit)
         except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
             raise PackFormatError(f"the pack's tensors are not those of an LKS generator: {str(error)[:300]}") from error
-        known = {_CODES: codes.dtype, **{_PREFIX + name: t.dtype for name, t in packed(generator).items()}}
+        known = {_CODES: generator.code_dtype, **{_PREFIX + name: t.dtype for name, t in packed(generator).items()}}
         of_gate = gate_names(fit.tensors)
         found = {name: t.dtype for name, t in fit.tensors.items() if name not in of_gate}
         if found != known:
@@ -131,7 +131,7 @@ class LKS:
     def attach(self, base: Base, fit: Fit, config: LKSConfig) -> MentionAttachment:
         """See `hf_edit.methods.Method.attach`."""
         generator = _loaded(config, fit).to(base.device).requires_grad_(False)
-        codes, blocks = fit.tensors[_CODES].to(base.device), base.layout().blocks
+        codes, blocks = fit.tensors[_CODES].to(base.device, torch.float32), base.layout().blocks
         effects = {blocks[_block_of(name)]: Rewriting(generator, codes, write) for write, name in enumerate(fit.modules)}
         entities = Entities.of(fit.facts, config.fuzzy)
         return MentionAttachment(base, entities, effects, load_routing(base, fit.tensors, fit.facts))
