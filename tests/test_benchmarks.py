@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FACTS, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_edit import LKSConfig
+from hf_edit import EditableModelForCausalLM, LKSConfig
 from hf_edit.base import Base
 from hf_edit.methods.lks import training
 from hf_edit.methods.lks.examples import build_examples
@@ -138,3 +139,15 @@ def test_a_training_step_of_lks_has_the_loss_and_the_gradient_of_whole_runs_of_t
     torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-3)
     assert all(float(gradient.norm()) > 1e-3 for gradient in gradients[0])
+
+
+@pytest.mark.parametrize("method", ["steam", "lks"])
+def test_the_packs_whose_loading_is_measured_are_packs_that_load(tokenizer, tmp_path, method):
+    with _benchmark("loading") as loading:
+        tiny_model("llama").save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+        loading.make_packs(str(tmp_path / "base"), tmp_path, {"steam": 3, "lks": 5})
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = EditableModelForCausalLM(base, AutoTokenizer.from_pretrained(tmp_path / "base"))
+    model.load_pack(tmp_path / method)
+    assert model.packs["default"].facts == tuple(loading.facts({"steam": 3, "lks": 5}[method]))

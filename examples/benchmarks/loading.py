@@ -67,11 +67,12 @@ def random_steam(base: Base, count: int) -> Fit:
 
 
 def random_lks(model: EditableModelForCausalLM, count: int) -> EditPack:
-    """An LKS edit of one fact, trained for a step, whose row in each tensor is then repeated for many."""
+    """An LKS edit of one fact, trained for a step, whose code and key are then repeated for many."""
     model.edit(facts(1), "lks", epochs=1, min_steps=1, contexts=0, locality_prompts=0, tail_tokens=0, verify=False)
     pack = model.packs["default"]
     model.rollback()
-    tensors = {n: t.expand(count, *t.shape[1:]).contiguous() if len(t) == 1 else t for n, t in pack.tensors.items()}
+    own = {name: pack.tensors[name] for name in ("codes", "gate.keys")}
+    tensors = pack.tensors | {name: t.expand(count, -1).contiguous() for name, t in own.items()}
     return EditPack("lks", pack.config, Fit(tensors, pack.fit.modules, tuple(facts(count))), pack.base, 0, pack.versions)
 
 
