@@ -340,7 +340,7 @@ class MentionAttachment:
         """The entities that a text mentions, if it mentions them at the very places where its beginning does; None if not.
 
         Most tokens that a model generates neither end a name nor go on with one: then nobody has to ask at which tokens the
-        mentions stand, which costs ten times as much."""
+        mentions stand, for which the text would be tokenised again."""
         found = [self._scope.find(text_of(self._tokenizer, part)) for part in (before, ids)]
         return [mention.entity for mention in found[0]] if found[0] == found[1] else None
 
