@@ -22,6 +22,7 @@ from torch import nn
 from .asked import asking
 from .base import Base
 from .gate import PromptEnd, asks_about_another
+from .kv_cache import cache_of, cache_passed, with_cache
 from .routing import Routing
 from .scope import Entities, mentions_in_tokens, text_of
 from .suffix import hidden_of
@@ -260,7 +261,7 @@ class MentionAttachment:
         if ids is None:
             now.prompt = 0
             return None
-        cache = arguments.get("past_key_values")
+        cache = cache_passed(arguments)
         done = _length(cache)
         known = getattr(cache, _KEPT, {}).get(self._key, []) if done else []
         text, first = self._whole(ids, done, known, shown)
@@ -305,7 +306,7 @@ class MentionAttachment:
         if begin is None:
             return None
         plan.first, plan.asked_for = begin, 1
-        return _from_column(plan, begin, cache)
+        return with_cache(decoder.forward, _from_column(plan, begin), cache)
 
     def _whole(
         self,
@@ -477,8 +478,8 @@ class MentionAttachment:
         plan = self._now.plan
         if plan is None or self._now.again:
             return None
-        cache = getattr(output, "past_key_values", None)
-        cache = plan.arguments.get("past_key_values") if cache is None else cache
+        cache = cache_of(output)
+        cache = cache_passed(plan.arguments) if cache is None else cache
         changed = None
         if plan.asked_for is not None:
             changed = _replaced(output, output, plan.asked_for)
@@ -505,7 +506,8 @@ class MentionAttachment:
             _warn_once(type(cache).__name__)
             return None
         same = begin == plan.text.shape[1] - plan.arguments["input_ids"].shape[1]
-        arguments = {**plan.arguments, "past_key_values": cache} if same else _from_column(plan, begin, cache)
+        arguments = plan.arguments if same else _from_column(plan, begin)
+        arguments = with_cache(decoder.forward, arguments, cache)
         token = _AGAIN.set(sorted((q for r in plan.rows for q in r.asked), key=lambda q: q.column))
         self._now.again = True
         try:
@@ -560,10 +562,10 @@ def _differences(one: dict[int, int], other: dict[int, int]) -> set[int]:
     return {c for c in {*one, *other} if one.get(c) != other.get(c)}
 
 
-def _from_column(plan: _Plan, begin: int, cache: Any) -> dict[str, Any]:
-    """The decoder's arguments for a run of all tokens from column `begin` on."""
+def _from_column(plan: _Plan, begin: int) -> dict[str, Any]:
+    """The decoder's arguments, but for the cache, for a run of all tokens from column `begin` on."""
     arguments = {k: v for k, v in plan.arguments.items() if k not in ("cache_position", "inputs_embeds")}
-    arguments |= {"input_ids": plan.text[:, begin:], "attention_mask": plan.mask, "past_key_values": cache}
+    arguments |= {"input_ids": plan.text[:, begin:], "attention_mask": plan.mask}
     if plan.arguments.get("position_ids") is not None:
         everything = torch.ones_like(plan.text) if plan.mask is None else plan.mask.long()
         arguments["position_ids"] = (everything.cumsum(1) - 1).clamp(min=0)[:, begin:]

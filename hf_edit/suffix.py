@@ -22,6 +22,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from .asked import asked_at, first_reads
+from .kv_cache import with_cache
 from .layout import Layout
 from .positions import pad
 
@@ -458,7 +459,7 @@ def _forward(
     stack.enter_context(_gathering(head, rows if wanted else rows[:0], columns if wanted else columns[:0]))
     arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
     if cache is not None:
-        arguments["past_key_values"] = cache
+        arguments = with_cache(model.forward, arguments, cache)
     if "position_ids" in inspect.signature(model.forward).parameters:
         arguments["position_ids"] = positions
     output = model(**arguments, return_dict=True)

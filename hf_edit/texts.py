@@ -9,6 +9,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .base import Base, seeded
 from .facts import Fact
+from .kv_cache import cache_of, with_cache
 from .positions import encode, fact_text, pad
 from .progress import bar
 
@@ -96,12 +97,10 @@ def sample_ids(
             steps: list[torch.Tensor] = []
             past = None
             for _ in range(length):
-                inputs = base.model.prepare_inputs_for_generation(
-                    ids, next_sequence_length=None if past is None else 1, past_key_values=past, attention_mask=mask,
-                    use_cache=True, is_first_iteration=past is None,
-                )  # fmt: skip
-                out = base.model(**inputs)
-                past = out.past_key_values
+                arguments = {"next_sequence_length": None if past is None else 1, "attention_mask": mask, "use_cache": True}
+                prepare = base.model.prepare_inputs_for_generation
+                out = base.model(**prepare(ids, is_first_iteration=past is None, **with_cache(prepare, arguments, past)))
+                past = cache_of(out)
                 logits = out.logits[:, -1].float()
                 logits[:, ends] = -torch.inf
                 top = logits.topk(min(50, logits.shape[-1]))

@@ -19,11 +19,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from hf_edit import EditableModelForCausalLM, Fact, gate_prompts, gate_training
+from hf_edit.kv_cache import cache_argument
 from hf_edit.references import bank_relations
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 VOCABULARY = 1000
+CACHE = cache_argument(transformers.LlamaForCausalLM.forward)  # the name of the argument
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from conftest import QUICK_LKS, tiny_model
+from conftest import CACHE, QUICK_LKS, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from hf_edit import EditableModelForCausalLM, Fact
+from hf_edit.kv_cache import cache_of
 from hf_edit.methods.lks.generator import make_generator
 from hf_edit.positions import pad
 from hf_edit.scope import Scope, mentions_in_tokens
@@ -170,7 +171,7 @@ def test_chunked_prefill_with_any_cache_equals_the_whole_prompt(edited, chunks, 
     with torch.no_grad():
         for piece in pieces:
             positions = torch.arange(done, done + piece.shape[1])[None]
-            out = edited(input_ids=piece, past_key_values=cache, use_cache=True, position_ids=positions)
+            out = edited(input_ids=piece, **{CACHE: cache}, use_cache=True, position_ids=positions)
             found.append(out.logits[0])
             done += piece.shape[1]
     torch.testing.assert_close(torch.cat(found), _single(edited, PROMPTS[3]), atol=1e-4, rtol=1e-4)
@@ -201,7 +202,7 @@ def test_a_conversation_that_continues_a_cache_is_edited_across_its_turns(edited
     cut = next(i for i in range(ids.shape[1]) if "Yo-" in edited.tokenizer.decode(ids[0, :i]))
     with torch.no_grad():
         first = edited(input_ids=ids[:, :cut], use_cache=True)
-        second = edited(input_ids=ids[:, cut:], past_key_values=first.past_key_values, use_cache=True)
+        second = edited(input_ids=ids[:, cut:], **{CACHE: cache_of(first)}, use_cache=True)
     logits = torch.cat([first.logits[0], second.logits[0]])
     torch.testing.assert_close(logits, _single(edited, "We met Yo-Yo Ma today"), atol=1e-4, rtol=1e-4)
 

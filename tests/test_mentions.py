@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import CACHE, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from hf_edit.asked import asked_at
 from hf_edit.base import Base
 from hf_edit.gate import Gate, embedding_size, read_queries
+from hf_edit.kv_cache import cache_of
 from hf_edit.layout import weight_shape
 from hf_edit.mentions import Effect, MentionAttachment
 from hf_edit.methods.lks.attach import Rewriting
@@ -151,12 +152,12 @@ def test_a_prompt_fed_in_chunks_ends_as_the_whole_one(edited, prompt, kind):
         for piece in ids.split([3, ids.shape[1] - 5, 2], dim=1):
             places = torch.arange(done, done + piece.shape[1])[None]
             arguments = {} if "bloom" in type(edited.model).__name__.lower() else {"position_ids": places}
-            out = edited.model(input_ids=piece, past_key_values=cache, use_cache=True, **arguments)
+            out = edited.model(input_ids=piece, **{CACHE: cache}, use_cache=True, **arguments)
             done += piece.shape[1]
     assert int(cache.get_seq_length()) == done
     close(out.logits[0], single(edited, prompt)[-2:])
     with torch.no_grad():  # and the cache serves what follows
-        after = edited.model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits[0]
+        after = edited.model(input_ids=ids[:, :1], **{CACHE: cache}, use_cache=True).logits[0]
         whole = torch.cat([ids, ids[:, :1]], 1)
         with asked_at([ids.shape[1] - 1]):
             close(after[-1], edited.model(input_ids=whole, use_cache=False).logits[0, -1])
@@ -193,7 +194,7 @@ def test_a_later_turn_that_asks_something_else_is_answered_as_if_nothing_had_bee
     for text in texts:
         ids = ids_of(edited, text)
         cache = copy.deepcopy(cache) if copied else cache
-        out = generated(edited, ids, past_key_values=cache, return_dict_in_generate=True)
+        out = generated(edited, ids, **{CACHE: cache}, return_dict_in_generate=True)
         assert out.sequences.tolist() == generated(edited, ids, use_cache=False).tolist()
         cache.crop(ids.shape[1] - int(cache.get_seq_length()))  # the next text goes on from the prompt, not from the answer
 
@@ -206,8 +207,8 @@ def test_a_name_that_grows_past_a_chunk_is_no_mention_any_more(tokenizer):
     whole = ids_of(base, "We saw France Bay today")
     cut = next(i for i in range(whole.shape[1]) if base.tokenizer.decode(whole[0, :i]).endswith("France"))
     with torch.no_grad():
-        cache = base.model(input_ids=whole[:, :cut], use_cache=True).past_key_values
-        rest = base.model(input_ids=whole[:, cut:], past_key_values=cache).logits[0]
+        cache = cache_of(base.model(input_ids=whole[:, :cut], use_cache=True))
+        rest = base.model(input_ids=whole[:, cut:], **{CACHE: cache}).logits[0]
         close(rest, base.model(input_ids=whole, use_cache=False).logits[0, cut:])
 
 
@@ -279,8 +280,8 @@ def test_going_on_clean_behind_a_target_takes_no_forward_of_its_own(edited):
         out = edited.model(input_ids=torch.tensor([prompt]), use_cache=True)
         widths.clear()
         for token in target:
-            cache = out.past_key_values
-            out = edited.model(input_ids=torch.tensor([[token]]), past_key_values=cache, output_hidden_states=True)
+            cache = cache_of(out)
+            out = edited.model(input_ids=torch.tensor([[token]]), **{CACHE: cache}, output_hidden_states=True)
     counting.remove()
     assert len(widths) == len(target)
     assert widths[-1] > 1
@@ -346,6 +347,6 @@ def test_a_cache_that_can_not_be_rewound_warns_once(tokenizer):
         cache = Stubborn()
         with warnings.catch_warnings(record=True) as caught, torch.no_grad():
             warnings.simplefilter("always")
-            base.model(input_ids=ids[:, :-1], past_key_values=cache)
-            base.model(input_ids=ids[:, -1:], past_key_values=cache)
+            base.model(input_ids=ids[:, :-1], **{CACHE: cache})
+            base.model(input_ids=ids[:, -1:], **{CACHE: cache})
         assert sum("can't be rewound" in str(w.message) for w in caught) == times

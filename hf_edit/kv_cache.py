@@ -1,0 +1,33 @@
+"""The cache of keys and values by the name that the installed transformers has for it: `cache` from 5.24 on, `past_key_values`
+before, and in models that came with code of their own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["cache_argument", "cache_of", "cache_passed", "with_cache"]
+
+_NAMES = ("cache", "past_key_values")  # the new one first: where it is known, the old one warns
+
+
+def cache_argument(function: Callable[..., Any]) -> str:
+    """The name under which a model's `forward`, or its `prepare_inputs_for_generation`, takes a cache."""
+    known = inspect.signature(function).parameters
+    return next((name for name in _NAMES if name in known), _NAMES[-1])
+
+
+def cache_passed(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a model's arguments; None where there is none."""
+    return next((arguments[name] for name in _NAMES if arguments.get(name) is not None), None)
+
+
+def with_cache(function: Callable[..., Any], arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """The arguments of a model with this cache in place of theirs."""
+    return {name: value for name, value in arguments.items() if name not in _NAMES} | {cache_argument(function): cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model's output holds; None where there is none."""
+    return next((getattr(output, name) for name in _NAMES if hasattr(output, name)), None)
