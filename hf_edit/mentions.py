@@ -11,7 +11,7 @@ import inspect
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -21,19 +21,24 @@ from torch import nn
 
 from .asked import asking
 from .base import Base
+from .facts import Fact
 from .gate import PromptEnd, asks_about_another
 from .kv_cache import cache_of, cache_passed, with_cache
+from .positions import Text, encode, fact_text
 from .routing import Routing
 from .scope import Entities, mentions_in_tokens, text_of
 from .suffix import hidden_of
 from .wording import asked_words
 
-__all__ = ["Effect", "MentionAttachment", "Points"]
+__all__ = ["Effect", "MentionAttachment", "Points", "Spellings"]
 
 _KEPT = "_hf_edit_rows"  # where a cache says, for each edit, what was done to the tokens that it holds
 _NONE = -1
 _WINDOW = 96  # tokens of a question that are looked at: two sentences
 _ANSWER = 64  # tokens of an answer that are looked at, more than any target has
+
+
+_On = tuple[int, int | None]  # a fact that is on at a token, and the token to come where its target is being said
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,15 @@ class Points:
 
     Attributes:
         rows, columns, facts: all of one length.
+        upcoming: of the same length: None where the token ends a mention; where it is one of the fact's target, which is
+            being said, the target's next token.
         width: how many columns run.
     """
 
     rows: list[int]
     columns: list[int]
     facts: list[int]
+    upcoming: list[int | None]
     width: int
 
     def of(self, states: torch.Tensor) -> tuple[list[int], ...]:
@@ -55,6 +63,27 @@ class Points:
         if states.dim() == 3:
             return self.rows, self.columns
         return ([row * self.width + column for row, column in zip(self.rows, self.columns, strict=True)],)
+
+
+class Spellings:
+    """The token ids of facts' targets, as they stand behind the facts' prompts and at the beginning of a line.
+
+    Args:
+        tokenizer: of the model.
+        facts: in order.
+    """
+
+    def __init__(self, tokenizer: Any, facts: Sequence[Fact]) -> None:
+        self._tokenizer, self._facts = tokenizer, facts
+        self._known: dict[int, tuple[tuple[int, ...], ...]] = {}  # of facts that were asked for: few are
+
+    def __call__(self, fact: int) -> tuple[tuple[int, ...], ...]:
+        if fact not in self._known:
+            told, target = self._facts[fact], self._facts[fact].target
+            line = Text("\n" + target, target=(1, 1 + len(target)))
+            spelled = encode(self._tokenizer, [fact_text(told, target=target), line])
+            self._known[fact] = tuple(dict.fromkeys(text.labels for text in spelled))
+        return self._known[fact]
 
 
 class Effect(Protocol):
@@ -95,7 +124,7 @@ class _Row:
         asked: the questions that there were, by column.
         events: (column of the question, entity, fact or -1).
         said: (column, entity) where the target of an entity's fact has been said.
-        applied: by column, the fact that its state was rewritten for.
+        applied: by column, the fact that its state was rewritten for, and the token to come where that is of its target.
     """
 
     ids: list[int]
@@ -103,7 +132,7 @@ class _Row:
     asked: list[_Question] = field(default_factory=list)
     events: list[tuple[int, int, int]] = field(default_factory=list)
     said: list[tuple[int, int]] = field(default_factory=list)
-    applied: dict[int, int] = field(default_factory=dict)
+    applied: dict[int, _On] = field(default_factory=dict)
 
     def until(self, length: int) -> _Row:
         """The same as it stood when the text had this length."""
@@ -184,6 +213,7 @@ class MentionAttachment:
         entities: that are looked for, and their facts.
         effects: what is done, by module.
         routing: how a fact is chosen; without it the entity's newest fact is always on.
+        spellings: with it the edit also acts on the tokens of a target that an answer is saying, all but the last.
     """
 
     def __init__(
@@ -192,9 +222,11 @@ class MentionAttachment:
         entities: Entities,
         effects: Mapping[nn.Module, Effect],
         routing: Routing | None = None,
+        spellings: Spellings | None = None,
     ) -> None:
         self._model, self._tokenizer = base.model, base.tokenizer
         self._scope, self._facts, self._routing = entities.scope, entities.facts, routing
+        self._spellings = spellings
         self._targets = tuple(target.strip().casefold() for target in entities.targets)
         self._end = PromptEnd(base.tokenizer)
         self._window = entities.scope.longest + 8
@@ -443,12 +475,30 @@ class MentionAttachment:
         )
         return asks_about_another(before, after)
 
-    def _wanted(self, row: _Row) -> dict[int, int]:
-        """By column, the fact that is to be on at a mention."""
+    def _wanted(self, row: _Row) -> dict[int, _On]:
+        """By column, the fact that is to be on."""
         if self._routing is None:
-            return {column: self._facts[entity][-1] for column, entity in row.mentions}
-        chosen = {entity: fact for _, entity, fact in row.events}
-        return {c: chosen[e] for c, e in row.mentions if chosen.get(e, _NONE) != _NONE}
+            chosen = {entity: self._facts[entity][-1] for _, entity in row.mentions}
+        else:
+            chosen = {entity: fact for _, entity, fact in row.events}
+        wanted: dict[int, _On] = {c: (chosen[e], None) for c, e in row.mentions if chosen.get(e, _NONE) != _NONE}
+        return wanted | self._carried(row, {fact for fact, _ in wanted.values()})
+
+    def _carried(self, row: _Row, facts: Iterable[int]) -> dict[int, _On]:
+        """By column, the fact whose target the answer is saying there, and how it goes on."""
+        if self._spellings is None:
+            return {}
+        begin = 1 + max((q.column for q in row.asked if q.final), default=-1)
+        answer = row.ids[begin:]
+        said = [
+            (n, column, (fact, target[n]))
+            for fact in facts
+            for target in self._spellings(fact)
+            if target[0] in answer
+            for column, n in enumerate(_begun(answer, target), begin)
+            if 0 < n < len(target)
+        ]
+        return {column: on for _, column, on in sorted(said)}  # of several, the one of which most has been said
 
     def _act(self, effect: Effect, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Behind a module: what the edit does there."""
@@ -462,13 +512,14 @@ class MentionAttachment:
 
     def _applied(self, plan: _Plan) -> Points:
         """Where facts are on in this run, as far as the gate has spoken; the rows remember it."""
-        points = Points([], [], [], plan.text.shape[1] - plan.first)
+        points = Points([], [], [], [], plan.text.shape[1] - plan.first)
         for number, row in enumerate(plan.rows):
             now = {c: f for c, f in self._wanted(row).items() if c >= plan.first}
             row.applied = {c: f for c, f in row.applied.items() if c < plan.first} | now
             points.rows.extend([number] * len(now))
             points.columns.extend(c - plan.first for c in now)
-            points.facts.extend(now.values())
+            points.facts.extend(fact for fact, _ in now.values())
+            points.upcoming.extend(token for _, token in now.values())
         return points
 
     # --- behind the decoder -------------------------------------------------------------------------------------------
@@ -558,7 +609,25 @@ def _matching(known: Sequence[_Row], number: int, tokens: Sequence[int], length:
     return next((row for row in candidates if row.ids[:length] == beginning), None)
 
 
-def _differences(one: dict[int, int], other: dict[int, int]) -> set[int]:
+def _begun(answer: Sequence[int], target: Sequence[int]) -> list[int]:
+    """For each token of an answer, how many of the target's first tokens it ends with there (Knuth, Morris and Pratt)."""
+    fall = [0]  # for each beginning of the target, the longest shorter one that it ends with
+    for token in target[1:]:
+        fall.append(_longer(fall[-1], token, target, fall))
+    lengths = [0]
+    for token in answer:
+        before = lengths[-1] if lengths[-1] < len(target) else fall[-1]
+        lengths.append(_longer(before, token, target, fall))
+    return lengths[1:]
+
+
+def _longer(length: int, token: int, target: Sequence[int], fall: Sequence[int]) -> int:
+    while length and target[length] != token:
+        length = fall[length - 1]
+    return length + (target[length] == token)
+
+
+def _differences(one: dict[int, _On], other: dict[int, _On]) -> set[int]:
     return {c for c in {*one, *other} if one.get(c) != other.get(c)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 import warnings
 from dataclasses import replace
 
@@ -12,12 +13,13 @@ import torch
 from conftest import CACHE, tiny_model
 from transformers import DynamicCache, StaticCache
 
+from hf_edit import Fact
 from hf_edit.asked import asked_at
 from hf_edit.base import Base
 from hf_edit.gate import Gate, embedding_size, read_queries
 from hf_edit.kv_cache import cache_of
 from hf_edit.layout import weight_shape
-from hf_edit.mentions import Effect, MentionAttachment
+from hf_edit.mentions import Effect, MentionAttachment, Spellings, _begun
 from hf_edit.methods.lks.attach import Rewriting
 from hf_edit.methods.lks.generator import ContextGenerator
 from hf_edit.positions import pad
@@ -35,7 +37,7 @@ ASKED = {0: CAPITAL, 1: LANGUAGE, 2: EARLIER, 3: SPAIN}
 FACTS = ((0, 1, 2), (3,))
 PROMPTS = [CAPITAL, LANGUAGE, OTHER, SPAIN, "Nobody is here", EARLIER, LATER]
 BLOCK = 3
-ENTITIES = Entities(Scope([["France"], ["Spain"]]), FACTS, ("Rome", "Latin", "many", "Oslo"))
+TARGETS = ("Rome", "Latin", "many", "Oslo")
 
 
 def attached(base: Base, gate_block: int = BLOCK, kind: str = "states") -> MentionAttachment:
@@ -55,7 +57,11 @@ def attached(base: Base, gate_block: int = BLOCK, kind: str = "states") -> Menti
     )
     rows = [base.tokenizer(text)["input_ids"] for text in ASKED.values()]
     keys = gate.project(read_queries(base, gate_block, rows, [len(row) - 1 for row in rows]))
-    return MentionAttachment(base, ENTITIES, effects(base, kind), Routing(base, gate, keys, list(ASKED.values()), gate_block))
+    routing = Routing(base, gate, keys, list(ASKED.values()), gate_block)
+    facts = [Fact("France", "The capital of {} is", target) for target in TARGETS]
+    spellings = Spellings(base.tokenizer, facts) if kind == "states" else None
+    entities = Entities(Scope([["France"], ["Spain"]]), FACTS, TARGETS)
+    return MentionAttachment(base, entities, effects(base, kind), routing, spellings)
 
 
 def effects(base: Base, kind: str) -> dict[torch.nn.Module, Effect]:
@@ -68,8 +74,8 @@ def effects(base: Base, kind: str) -> dict[torch.nn.Module, Effect]:
     generator = ContextGenerator(size, size, 1, writes=2).requires_grad_(False)
     for writer in generator.writers:
         writer.out.weight.normal_(std=0.5)
-    codes = torch.randn(len(ASKED), size) * 3
-    return {layout.blocks[BLOCK + write]: Rewriting(generator, codes, write) for write in range(generator.writes)}
+    codes, embeddings = torch.randn(len(ASKED), size) * 3, base.model.get_input_embeddings()
+    return {layout.blocks[BLOCK + write]: Rewriting(generator, codes, write, embeddings) for write in range(generator.writes)}
 
 
 @pytest.fixture(
@@ -290,6 +296,100 @@ def test_going_on_clean_behind_a_target_takes_no_forward_of_its_own(edited):
     edited.attachment.detach()
     with torch.no_grad():
         close(out.logits[0, -1], edited.model(input_ids=torch.tensor([prompt + target])).logits[0, -1])
+
+
+# --- a target of several tokens is carried on -------------------------------------------------------------------------
+
+
+def told(base, text, prompt):
+    """The logits of a prompt and an answer in one piece."""
+    with torch.no_grad(), asked_at([ids_of(base, prompt).shape[1] - 1]):
+        return base.model(input_ids=ids_of(base, text), use_cache=False).logits[0]
+
+
+def carried(base, answer, prompt=CAPITAL):
+    """At which of an answer's tokens the edit acts."""
+    spellings, text = base.attachment._spellings, prompt + answer
+    found = told(base, text, prompt)
+    base.attachment._spellings = None
+    without = told(base, text, prompt)
+    base.attachment._spellings = spellings
+    begin = ids_of(base, prompt).shape[1]
+    close(found[:begin], without[:begin])
+    return [
+        base.tokenizer.decode(token)
+        for token, one, other in zip(ids_of(base, text)[0], found, without, strict=True)
+        if not same(one, other)
+    ]
+
+
+@pytest.fixture
+def telling(tokenizer, monkeypatch):
+    """An edit whose first target has many tokens."""
+    monkeypatch.setattr("test_mentions.TARGETS", ("Rome near Berlin and Tokyo", *TARGETS[1:]))
+    base = Base(tiny_model("llama"), tokenizer)
+    base.model.generation_config.eos_token_id = None
+    base.attachment = attached(base)
+    return base
+
+
+def test_an_answer_that_says_the_target_is_carried_on_and_no_other(telling):
+    target = telling.tokenizer.tokenize(" Rome near Berlin and Tokyo")
+    first = telling.tokenizer.decode(ids_of(telling, " Rome")[0, :1])
+    assert len(target) > 4
+    assert carried(telling, " Rome near Berlin and Tokyo")[0] == first
+    assert carried(telling, " big Rome near Berlin and Tokyo")[0] == first
+    assert not carried(telling, " Tokyo and Berlin")
+    assert not carried(telling, " Rome near Berlin and Tokyo", prompt=OTHER)
+    asked_behind = CAPITAL + " Rome near Berlin and Tokyo. " + CAPITAL  # what was said before the question is no answer to it
+    assert not carried(telling, " big", prompt=asked_behind)
+
+
+@pytest.mark.parametrize("way", ["cached", "static", "chunks", "uncached", "beams"])
+def test_a_target_is_carried_on_alike_in_every_way_of_running(telling, way):
+    """The model is made to say the target but for its last token; each next token gets what the whole text gives it."""
+    prompt = ids_of(telling, CAPITAL)[0].tolist()
+    target = telling.attachment._spellings(0)[0][:-1]
+    settings = {
+        "cached": {}, "static": {"cache_implementation": "static"}, "chunks": {"prefill_chunk_size": 3},
+        "uncached": {"use_cache": False}, "beams": {"num_beams": 3},
+    }[way]  # fmt: skip
+
+    def force(input_ids, scores):
+        if input_ids.shape[1] < len(prompt) + len(target):
+            scores = torch.full_like(scores, -1e9)
+            scores[:, target[input_ids.shape[1] - len(prompt)]] = 0.0
+        return scores
+
+    out = generated(
+        telling,
+        torch.tensor([prompt]),
+        max_new_tokens=len(target) + 1,
+        logits_processor=[force],
+        output_logits=True,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    with torch.no_grad(), asked_at([len(prompt) - 1]):
+        expected = telling.model(input_ids=torch.tensor([[*prompt, *target]]), use_cache=False).logits[0, len(prompt) - 1 :]
+    for found, one in zip(out.logits, expected, strict=True):
+        close(found[0], one)
+
+
+def test_a_target_is_known_as_it_stands_behind_a_prompt_and_in_a_line_of_its_own(tokenizer):
+    spelled = Spellings(tokenizer, [Fact("France", "The capital of {} is", "Rome")])(0)
+    assert {tokenizer.decode(ids) for ids in spelled} == {" Rome", "Rome"}
+
+
+def test_how_much_of_a_target_has_been_said_is_known_at_every_token():
+    lot = random.Random(0)
+    for _ in range(300):
+        target = [lot.randrange(2) for _ in range(lot.randint(1, 6))]
+        answer = [lot.randrange(2) for _ in range(20)]
+        expected = [
+            max(n for n in range(min(end, len(target)) + 1) if answer[end - n : end] == target[:n]) for end in range(1, 21)
+        ]
+        assert _begun(answer, target) == expected
 
 
 def test_answers_behind_a_prompt_do_not_hide_what_it_asked(edited):

@@ -26,11 +26,16 @@ class LKSConfig(EditConfig):
         ValueError: a setting is out of range.
     """
 
-    structural = ("layer", "generator", "width", "target_tokens", "writes", "gate_quiet")
+    structural = ("layer", "generator", "width", "target_tokens", "writes", "carry", "gate_quiet")
 
     layer: int | None = setting(None, "lowest block whose output is rewritten; by default the one at 55 % of the depth")
     writes: int = setting(
         3, "blocks whose outputs 'context' and 'residual' rewrite, from `layer` on at even distances; 'linear' and 'mlp': one"
+    )
+    carry: bool = setting(
+        True,
+        "'context' and 'residual' also write at the tokens of a target that an answer is saying, each time what comes next: "
+        "long targets are more than the state of a name can hold",
     )
     generator: str = setting(
         "context",

@@ -276,6 +276,7 @@ def open_editor(base: Base, config: LKSConfig, seed: int, progress: bool) -> LKS
     block = block_of(base, config)
     found = editor.settings
     asked = {"generator": config.generator, "layer": block, "width": config.width, "target_tokens": config.target_tokens}
+    asked["carry"] = config.carry
     asked["writes"] = len(blocks_from(base, block, config.writes))
     if wrong := [name for name in asked if asked[name] != found[name]]:
         raise ValueError("the editor was trained with other settings; pass " + ", ".join(f"{n}={found[n]!r}" for n in wrong))
@@ -303,7 +304,12 @@ def blocks_from(base: Base, lowest: int, writes: int) -> tuple[int, ...]:
 
 
 def _sizes(generator: Generator, hidden: int) -> dict[str, Any]:
-    return {"width": generator.code_size / hidden, "target_tokens": generator.slots - 1, "writes": generator.writes}
+    return {
+        "width": generator.code_size / hidden,
+        "target_tokens": generator.slots - 1,
+        "writes": generator.writes,
+        "carry": generator.carries,
+    }
 
 
 def _fresh(base: Base, config: LKSConfig, seed: int) -> LKSEditor:
@@ -311,7 +317,9 @@ def _fresh(base: Base, config: LKSConfig, seed: int) -> LKSEditor:
     hidden, block = base.layout().hidden_size, block_of(base, config)
     with seeded(seed, base.device), frozen(base.model):
         blocks = blocks_from(base, block, 1 if config.released else config.writes)
-        generator = make_generator(config.generator, hidden, round(config.width * hidden), config.slots, len(blocks))
+        generator = make_generator(
+            config.generator, hidden, round(config.width * hidden), config.slots, len(blocks), config.carry
+        )
         features, states = general_states(base, blocks)
         generator.standardise(features.cpu(), [s.cpu() for s in states])
     return LKSEditor(config.generator, block, generator, base.fingerprint, base.tokenizer_fingerprint, 0, _on_hub(base))
@@ -319,7 +327,7 @@ def _fresh(base: Base, config: LKSConfig, seed: int) -> LKSEditor:
 
 def _from_bank(base: Base, config: LKSConfig, progress: bool) -> LKSEditor:
     """The editor trained on the shipped bank: made once for a model and kept."""
-    own = {name: getattr(config, name) for name in ("generator", "width", "target_tokens", "writes", "compute_dtype")}
+    own = {name: getattr(config, name) for name in ("generator", "width", "target_tokens", "writes", "carry", "compute_dtype")}
     settings = LKSConfig(**own, layer=block_of(base, config), editor="none", epochs=_BANK_EPOCHS)
     key = [base.fingerprint, base.tokenizer_fingerprint, settings.to_dict(), _BANK_FACTS, _FORMAT]
     folder = cache_folder("lks", "editors") / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]

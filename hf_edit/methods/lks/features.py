@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from ...base import Base
 from ...facts import Fact
@@ -17,7 +18,7 @@ from ...progress import bar
 from ...references import bank
 from ...suffix import read_keys_and_states
 
-__all__ = ["general_states", "longest_target", "read_features"]
+__all__ = ["general_states", "longest_target", "read_features", "token_vectors"]
 
 _GENERAL_TEXTS = 128
 _GROUP = 512  # facts that are read at a time
@@ -67,13 +68,19 @@ def general_states(base: Base, blocks: Sequence[int]) -> tuple[torch.Tensor, lis
     return features, [_states(base, block, encoded, subjects) for block in blocks]
 
 
+def token_vectors(embeddings: nn.Module, ids: Sequence[int]) -> torch.Tensor:
+    """The input embeddings of tokens, float32 [tokens, embedding], as the generator is shown them."""
+    weight = embeddings.get_parameter("weight").detach()
+    return weight[torch.tensor(ids, device=weight.device)].float()
+
+
 def _features(base: Base, block: int, texts: Sequence[EncodedText], slots: int) -> torch.Tensor:
     last = _states(base, block, texts, [len(t.ids) - 1 for t in texts])
     features = last.new_zeros(len(texts), slots, last.shape[1])
     features[:, 0] = last
-    table = base.model.get_input_embeddings()
+    embeddings = base.model.get_input_embeddings()
     for n, text in enumerate(texts if slots > 1 else ()):
-        tokens = table.weight.detach()[torch.tensor(text.labels, device=table.weight.device)].to(features)
+        tokens = token_vectors(embeddings, text.labels).to(features)
         apart = min(len(tokens), slots - 2)
         features[n, 1 : 1 + apart] = tokens[:apart]
         if len(tokens) > apart:

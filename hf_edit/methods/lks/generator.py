@@ -37,6 +37,7 @@ class Generator(nn.Module):
             model themselves, which may be too large for that.
         hidden: width of the model.
         writes: at how many blocks it rewrites an entity's state.
+        carries: whether it also writes at the tokens of a target that is being said, see `carry`.
     """
 
     slots: int
@@ -44,12 +45,18 @@ class Generator(nn.Module):
     code_dtype: torch.dtype = torch.float16
     hidden: int
     writes: int = 1
+    carries: bool = False
 
     def standardise(self, features: torch.Tensor, states: Sequence[torch.Tensor]) -> None:
         """Take means and deviations from samples: features [n, 1 + tokens, hidden], states [n, hidden] for each write."""
 
     def encode(self, features: torch.Tensor) -> torch.Tensor:
         """Codes of facts: [facts, slots, hidden] to [facts, code_size]."""
+        raise NotImplementedError
+
+    def carry(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Codes for the tokens of a target that is being said: what comes next, [n, hidden] (see
+        `hf_edit.methods.lks.features.token_vectors`), to [n, code_size]."""
         raise NotImplementedError
 
     def forward(self, codes: torch.Tensor, states: torch.Tensor, write: int = 0) -> torch.Tensor:
@@ -127,14 +134,17 @@ class ResidualGenerator(Generator):
         hidden: width of the model.
         width: of the code.
         slots: vectors of a feature.
-        writes: at how many blocks states are rewritten. A target of several tokens is more than one state can tell the
-            blocks above; what each block is told adds up.
+        writes: at how many blocks states are rewritten. What each of them tells the blocks above adds up.
+        carries: whether a target of several tokens is carried on where it is being said: a mention's state can tell the blocks
+            above how it begins, but hardly a date digit by digit.
     """
 
     context = False  # whether it sees the states that it rewrites
 
-    def __init__(self, hidden: int, width: int, slots: int, writes: int = 1) -> None:
+    def __init__(self, hidden: int, width: int, slots: int, writes: int = 1, carries: bool = True) -> None:
         super().__init__()
+        self.carries = carries
+        self.token_in = nn.Linear(hidden, width) if carries else None
         self.slots, self.code_size, self.hidden, self.writes = slots, width, hidden, writes
         self.feature_in = nn.Linear(slots * hidden, width)
         nn.init.normal_(self.feature_in.weight, std=(3 * hidden) ** -0.5)  # empty slots are zero: few of them count
@@ -160,6 +170,10 @@ class ResidualGenerator(Generator):
         tokens = (features[:, 1:] - self.token_mean) / self.token_std * _filled(features[:, 1:])[..., None]
         return self.feature_in(torch.cat([last, tokens], dim=1).flatten(1))
 
+    def carry(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert self.token_in is not None
+        return self.token_in((tokens - self.token_mean) / self.token_std)
+
     def forward(self, codes: torch.Tensor, states: torch.Tensor, write: int = 0) -> torch.Tensor:
         return self.writers[write](codes, states)
 
@@ -177,7 +191,7 @@ class ContextGenerator(ResidualGenerator):
 FORMS = ("context", "residual", "linear", "mlp")
 
 
-def make_generator(form: str, hidden: int, width: int, slots: int, writes: int) -> Generator:
+def make_generator(form: str, hidden: int, width: int, slots: int, writes: int, carries: bool = True) -> Generator:
     """An untrained generator.
 
     Args:
@@ -186,12 +200,13 @@ def make_generator(form: str, hidden: int, width: int, slots: int, writes: int) 
         width: of the code, where the form leaves a choice.
         slots: vectors of a feature, where the form leaves a choice.
         writes: at how many blocks states are rewritten, where the form leaves a choice.
+        carries: whether targets are carried on at their own tokens, where the form leaves a choice.
     """
     if form == "linear":
         return OverwriteGenerator(hidden)
     if form == "mlp":
         return MlpGenerator(hidden)
-    return (ContextGenerator if form == "context" else ResidualGenerator)(hidden, width, slots, writes)
+    return (ContextGenerator if form == "context" else ResidualGenerator)(hidden, width, slots, writes, carries)
 
 
 def generator_of(form: str, state: Mapping[str, torch.Tensor]) -> Generator:
@@ -204,7 +219,7 @@ def generator_of(form: str, state: Mapping[str, torch.Tensor]) -> Generator:
     hidden = len(state["feature_mean"]) if form in ("context", "residual") else first.shape[1]
     writes = len({name.split(".")[1] for name in state if name.startswith("writers.")})
     with torch.device("meta"):
-        generator = make_generator(form, hidden, len(first), first.shape[1] // hidden, writes)
+        generator = make_generator(form, hidden, len(first), first.shape[1] // hidden, writes, "token_in.weight" in state)
     copies = {name: torch.empty_like(t, dtype=torch.float32).copy_(t.detach()) for name, t in state.items()}
     generator.load_state_dict(copies, assign=True)
     return generator.requires_grad_(False)

@@ -11,7 +11,7 @@ import torch
 from ...base import Base, seeded
 from ...errors import PackFormatError
 from ...facts import Fact, visible
-from ...mentions import MentionAttachment
+from ...mentions import MentionAttachment, Spellings
 from ...positions import joined_without_space
 from ...routing import fit_routing, gate_names, kept_routing, load_routing, validate_routing
 from ...scope import Entities
@@ -132,9 +132,13 @@ class LKS:
         """See `hf_edit.methods.Method.attach`."""
         generator = _loaded(config, fit).to(base.device).requires_grad_(False)
         codes, blocks = fit.tensors[_CODES].to(base.device, torch.float32), base.layout().blocks
-        effects = {blocks[_block_of(name)]: Rewriting(generator, codes, write) for write, name in enumerate(fit.modules)}
+        embeddings = base.model.get_input_embeddings()
+        effects = {
+            blocks[_block_of(name)]: Rewriting(generator, codes, write, embeddings) for write, name in enumerate(fit.modules)
+        }
         entities = Entities.of(fit.facts, config.fuzzy)
-        return MentionAttachment(base, entities, effects, load_routing(base, fit.tensors, fit.facts))
+        spellings = Spellings(base.tokenizer, fit.facts) if generator.carries else None
+        return MentionAttachment(base, entities, effects, load_routing(base, fit.tensors, fit.facts), spellings)
 
 
 def _fitted(base: Base, facts: Sequence[Fact], config: LKSConfig) -> LKSConfig:

@@ -18,6 +18,7 @@ from ...suffix import SuffixCache, caches_exactly
 from .checkpoint import Checkpoint
 from .config import LKSConfig
 from .examples import Example, Examples
+from .features import token_vectors
 from .generator import Generator
 from .store import TensorStore
 
@@ -78,6 +79,7 @@ class _Cached:
         progress: bool,
     ) -> None:
         layout = base.layout()
+        self._embeddings = base.model.get_input_embeddings()
         self._above = [layout.blocks[block] for block in blocks[1:]]
         exact = caches_exactly(base.model, layout)
         self.store = TensorStore(config.cache_bytes, cache_folder("lks", "training"))
@@ -122,6 +124,12 @@ class _Cached:
         points = [(r, batch.column(r, p), e.fact) for r, e in enumerate(chosen) for p in e.mentions]
         rows, columns, facts = torch.tensor(points, device=device).unbind(1)
         known = codes(generator, facts)
+        carried = [(r, batch.column(r, p), token) for r, e in enumerate(chosen) for p, token in e.labels[1:]]
+        if generator.carries and carried:
+            ids = [token for _, _, token in carried]
+            known = torch.cat([known, generator.carry(token_vectors(self._embeddings, ids).to(known))])
+            more = torch.tensor(carried, device=device)
+            rows, columns = torch.cat([rows, more[:, 0]]), torch.cat([columns, more[:, 1]])
 
         def rewritten(states: torch.Tensor, write: int) -> torch.Tensor:
             new = generator(known, states[rows, columns].float(), write)
