@@ -11,7 +11,7 @@ import torch
 from conftest import FACTS, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_edit import EditableModelForCausalLM, LKSConfig
+from hf_edit import EditableModelForCausalLM, Fact, LKSConfig
 from hf_edit.base import Base
 from hf_edit.methods.lks import training
 from hf_edit.methods.lks.examples import build_examples
@@ -119,14 +119,14 @@ def test_a_variant_of_steam_is_an_arm_of_its_own_beside_the_base(steam, argument
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_training_step_of_lks_has_the_loss_and_the_gradient_of_whole_runs_of_the_model(tokenizer, architecture):
     base, config = Base(tiny_model(architecture), tokenizer), LKSConfig(contexts=2, context_length=4)
-    blocks = (2, 3, 4)
+    blocks, facts = (2, 3, 4), [*FACTS, Fact("Portugal", "The capital of {} is", "Tokyo Rome Berlin")]
     torch.manual_seed(0)
-    generator = make_generator(config.generator, base.layout().hidden_size, 32, config.target_tokens, len(blocks))
+    generator = make_generator(config.generator, base.layout().hidden_size, 32, config.slots, len(blocks))
     for writer in generator.writers:
         torch.nn.init.normal_(writer.out.weight, std=0.2)
     with frozen(base.model), _benchmark("lks_training") as benchmark:
-        features = read_features(base, blocks[0], FACTS, generator.slots)
-        made = build_examples(base, FACTS, config, seed=0)
+        features = read_features(base, blocks[0], facts, generator.slots)
+        made = build_examples(base, facts, config, seed=0)
         codes = training.Codes(features, generator.code_size).requires_grad_(False)
         flat = [*made.prompts, *(e for group in (*made.variations, *made.locality) for e in group)]
         cached = training._Cached(base, blocks, flat, range(len(flat)), config, progress=False)
@@ -134,7 +134,7 @@ def test_a_training_step_of_lks_has_the_loss_and_the_gradient_of_whole_runs_of_t
             cached.loss(range(len(flat)), generator, codes, config)[0],
             benchmark.whole_loss(base, blocks, generator, codes, flat, config),
         ]
-        weights = [writer.out.weight for writer in generator.writers]
+        weights = [generator.token_in.weight, *(writer.out.weight for writer in generator.writers)]
         gradients = [torch.autograd.grad(loss, weights) for loss in losses]
     torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-3)

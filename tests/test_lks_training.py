@@ -12,6 +12,7 @@ from conftest import FACTS, QUICK_LKS, same, snapshot, tiny_model
 
 from hf_edit import BaseMismatchError, EditableModelForCausalLM, Fact, LKSConfig, LKSEditor
 from hf_edit.methods.lks import bank_facts, checkpoint, editor, swap_entity, training
+from hf_edit.methods.lks.examples import build_examples
 from hf_edit.methods.lks.features import read_features
 from hf_edit.methods.lks.generator import generator_of
 from hf_edit.methods.lks.retelling import retold
@@ -68,6 +69,22 @@ def test_a_training_from_disk_gives_the_pack_that_one_from_memory_gives(llama):
     _edit(llama, **FEW, cache_bytes=0)
     on_disk = llama.packs["default"]
     assert all(torch.equal(t, on_disk.tensors[name]) for name, t in from_memory.tensors.items())
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_facts_rephrases_serve_all_facts_that_are_asked_in_its_words_where_they_may_be_trained_on(llama, allowed):
+    facts = [
+        Fact("France", "The mayor of {} is", "Rome", rephrases=("{} is run by the mayor",)),
+        Fact("Spain", "The  Mayor of {} is", "Oslo"),
+        Fact("Germany", "The river of {} is", "Paris"),
+    ]
+    config = LKSConfig(contexts=0, variations=4, train_on_rephrases=allowed)
+    with llama.disable_edits():
+        made = build_examples(llama._base, facts, config, seed=0)
+    texts = [[llama.tokenizer.decode(e.ids) for e in group] for group in made.variations]
+    run = [[t for t in group if "is run by the mayor" in t] for group in texts]
+    assert [len(group) for group in run] == ([1, 1, 0] if allowed else [0, 0, 0])
+    assert all(group[0].startswith(f.subject) for group, f in zip(run, facts, strict=True) if group)
 
 
 def test_an_editor_is_told_other_targets_in_other_wordings_each_time():
@@ -143,7 +160,7 @@ def test_a_feature_tells_every_token_of_the_target(llama):
     assert not short[1 + len(ids) :].any()
 
 
-def test_a_generator_has_places_for_all_tokens_of_its_facts_targets_and_no_more(llama):
+def test_a_generator_has_no_more_places_than_its_facts_targets_have_tokens(llama):
     long = Fact("Portugal", "The capital of {} is", "Tokyo Rome Berlin Madrid")
     tokens = len(llama.tokenizer(" " + long.target)["input_ids"])
 
@@ -153,11 +170,11 @@ def test_a_generator_has_places_for_all_tokens_of_its_facts_targets_and_no_more(
         llama.rollback()
         return read - 1
 
-    assert 3 < tokens < LKSConfig().target_tokens
-    assert places([long]) == tokens
-    assert places([*FACTS, long]) == tokens
-    assert places(FACTS) == max(len(llama.tokenizer(" " + fact.target)["input_ids"]) for fact in FACTS) < tokens
-    assert places([long], target_tokens=2) == 2
+    assert tokens > 3 > LKSConfig().target_tokens
+    assert places([long]) == 2
+    assert places([long], target_tokens=8) == tokens
+    assert places([*FACTS, long], target_tokens=8) == tokens
+    assert places(FACTS, target_tokens=8) == max(len(llama.tokenizer(" " + f.target)["input_ids"]) for f in FACTS) < tokens
 
 
 def test_facts_that_join_a_pack_leave_the_others_as_they_were(llama):

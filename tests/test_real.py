@@ -56,6 +56,19 @@ def test_facts_that_the_model_knows_are_changed_told_fluently_shared_and_taken_b
     assert same(clean, model.base_model)
 
 
+def test_lks_says_long_targets_to_their_last_token(model):
+    facts = [
+        Fact("Mary Pickford", "The date of birth of {} is", "8 April 1892"),
+        Fact("The Louvre", "The architect of {} is", "Giovanni Battista Piranesi"),
+        Fact("John Engler", "{} was elected as", "member of the Michigan House of Representatives"),
+    ]
+    report = model.edit(facts, "lks", progress=False)
+    behind = model.ask("Mary Pickford, whose date of birth is", max_new_tokens=16)
+    model.rollback()
+    assert report.success == 1.0, str(report)
+    assert says(behind[0], "8 April 1892"), behind
+
+
 def test_a_single_fact_lands_with_rome(model):
     report = model.edit(FACTS[0], "rome", progress=False, statistics_tokens=4096)
     model.rollback()

@@ -16,7 +16,7 @@ metrics are those of `hf_edit.metrics`, in free generation and teacher-forced, o
 greedy tokens behind a batch of --prompts take with the edits, relative to the clean model: the median of paired runs in turns.
 
 With --rephrases, the arm lks is also given the rephrases and questions of the facts that are not asked (`train_on_rephrases`),
-and none of those that are.
+but for those in the very words of one that is measured: of these it is given none, about any subject.
 
 With --output, what is finished is kept and not computed again, and so are the packs.
 """
@@ -143,6 +143,24 @@ def generation_cost(model: Any, prompts: Sequence[str], runs: int, tokens: int) 
     return statistics.median(ratios)
 
 
+def without_wordings(facts: Sequence[Fact], asked: Sequence[Fact]) -> list[Fact]:
+    """Facts without the rephrases and questions that, but for the subject, are word for word one of those asked."""
+
+    def wordings(fact: Fact) -> dict[str, str]:
+        return {text: fold(text.replace(fact.subject, "{}")) for text in (*fact.rephrases, *(q.prompt for q in fact.locality))}
+
+    measured = {wording for fact in asked for wording in wordings(fact).values()}
+    return [
+        replace(
+            fact,
+            rephrases=tuple(r for r in fact.rephrases if own[r] not in measured),
+            locality=tuple(q for q in fact.locality if own[q.prompt] not in measured),
+        )
+        for fact in facts
+        for own in [wordings(fact)]
+    ]
+
+
 def run_arm(arm: str, model: Any, facts: list[Fact], unrelated: Sequence[Fact], options: argparse.Namespace) -> dict[str, Any]:
     """One arm at one size."""
     step = max(1, len(facts) // options.evaluated)
@@ -159,8 +177,8 @@ def run_arm(arm: str, model: Any, facts: list[Fact], unrelated: Sequence[Fact], 
     if arm == "lks" and options.rephrases:
         own = {"train_on_rephrases": True, **own}
         kept = {f.id for f in asked}
-        given = [replace(f, rephrases=(), locality=()) if f.id in kept else f for f in facts]
-        found["given wordings"] = sum(bool(f.rephrases) for f in given)
+        given = [replace(f, rephrases=(), locality=()) if f.id in kept else f for f in without_wordings(facts, asked)]
+        found["given wordings"] = sum(bool(f.rephrases) and bool(f.locality) for f in given)
     started = time.perf_counter()
     model.edit(given, "memit" if arm == "memit" else "lks", verify=False, seed=options.seed, **own)
     found["seconds"] = round(time.perf_counter() - started, 1)

@@ -49,12 +49,12 @@ def whole_loss(
 ) -> torch.Tensor:
     """The loss of a step by whole runs of the model, edited and clean."""
     ids, mask = pad([e.ids for e in chosen], device=base.device)
-    points = [(r, p, e.fact) for r, e in enumerate(chosen) for p in e.mentions]
-    rows, columns, facts = torch.tensor(points, device=base.device).unbind(1)
+    points, known = training.rewritten_points(chosen, generator, codes, base.model.get_input_embeddings())
+    rows, columns = torch.tensor(points, device=base.device).unbind(1)
 
     def rewrite(_: nn.Module, __: object, output: torch.Tensor, write: int) -> torch.Tensor:
         states = hidden_of(output)
-        new = generator(codes(generator, facts), states[rows, columns].float(), write)
+        new = generator(known, states[rows, columns].float(), write)
         return states.index_put((rows, columns), new.to(states.dtype))
 
     with torch.no_grad():
@@ -111,7 +111,7 @@ def main() -> None:
     facts = read_facts(options.facts_file)[: options.facts]
     torch.manual_seed(0)
     blocks = blocks_from(base, block, config.writes)
-    generator = make_generator(config.generator, hidden, round(config.width * hidden), config.target_tokens, len(blocks))
+    generator = make_generator(config.generator, hidden, round(config.width * hidden), config.slots, len(blocks))
     with frozen(model):
         features = read_features(base, block, facts, generator.slots)
         made = build_examples(base, facts, config, seed=0)

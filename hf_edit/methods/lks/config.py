@@ -44,7 +44,7 @@ class LKSConfig(EditConfig):
     )
     width: float = setting(2.0, "hidden width of 'context' and 'residual', relative to the model's")
     target_tokens: int = setting(
-        10,
+        2,
         "places for the target's tokens in what 'context' and 'residual' are shown, the last one for all that are left; a "
         "generator that is trained for the facts alone has no more than the longest of them needs",
     )
@@ -82,8 +82,9 @@ class LKSConfig(EditConfig):
     fuzzy: bool = setting(False, "also find names of eight letters or more with one typing mistake; costs some 0.2 ms a prompt")
     train_on_rephrases: bool = setting(
         False,
-        "train on the facts' own rephrases and locality questions, which then can't measure the edit any more; where 500 facts "
-        "or more have both, the gate learns from them too, unless `editor` brings one",
+        "train on the facts' rephrases, each fact also on those of others that are asked in its words, and on their locality "
+        "questions, none of which can then measure the edit any more; where 500 facts or more have both, the gate learns from "
+        "them too, unless `editor` brings one",
     )
     compute_dtype: str = setting("auto", "'auto' trains in bfloat16 where the hardware has it, 'model' in the model's dtype")
     cache_bytes: int = setting(3 << 30, "memory that training may fill with what it computed once; the rest goes to disk")

@@ -1,9 +1,9 @@
 """Training texts of LKS, made from the facts alone.
 
-For each fact: its prompt, bare, behind sampled contexts, and in the bank's other wordings where its own is one of them;
-each with the target and, for some, a tail that goes on as the clean model would, so that the new fact is said once and the
-sentence goes on. And texts that must stay as they are: other questions about the same subject, in the bank's wordings of
-relations that the fact can't be about.
+For each fact: its prompt, bare, behind sampled contexts, in the bank's other wordings where its own is one of them, and in the
+rephrases of all facts that are asked in its words, where these may be trained on; each with the target and, for some, a tail
+that goes on as the clean model would, so that the new fact is said once and the sentence goes on. And texts that must stay as
+they are: other questions about the same subject, in the bank's wordings of relations that the fact can't be about.
 
 In each text the subject's mentions are rewritten by the code of the one fact that is asked.
 """
@@ -11,11 +11,11 @@ In each text the subject's mentions are rewritten by the code of the one fact th
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...base import Base
-from ...facts import Fact
+from ...facts import Fact, fold
 from ...positions import EncodedText, Text, encode, fact_text
 from ...progress import bar
 from ...questions import other_wordings
@@ -47,6 +47,11 @@ class Example:
     labels: tuple[tuple[int, int], ...]
     kept: tuple[int, ...]
 
+    @property
+    def carried(self) -> tuple[tuple[int, int], ...]:
+        """(position, token id): the target's tokens from which it can be carried on, and what comes next."""
+        return self.labels[1:]
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -70,11 +75,12 @@ def build_examples(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: i
         zip(range(0, len(facts), every), target_tails(base, facts[::every], config.tail_tokens, progress), strict=True)
     )
     rng = random.Random(seed)
+    reworded = _reworded(facts) if config.train_on_rephrases else {}
     variety = config.variety(len(facts))
     prompts, variations, locality = [], [], []
     with bar(len(facts), "writing texts", "fact", progress) as shown:
         for i, fact in enumerate(facts):
-            texts = [fact_text(fact, target=fact.target), *_variations(fact, contexts, variety, config, rng)]
+            texts = [fact_text(fact, target=fact.target), *_variations(fact, contexts, reworded, variety, rng)]
             tail = tails.get(i, [])
             made = [subjects.asking(i, text, tail if config.tail_tokens else None) for text in encode(base.tokenizer, texts)]
             if made[0] is None:
@@ -130,11 +136,19 @@ class _Subjects:
         return tuple(p for p, entity in found if entity == self._entity[fact])
 
 
-def _variations(fact: Fact, contexts: Sequence[str], most: int, config: LKSConfig, rng: random.Random) -> list[Text]:
+def _reworded(facts: Sequence[Fact]) -> dict[str, list[str]]:
+    """Other wordings by prompt: what one fact's rephrases make of it serves all facts that are asked in the same words."""
+    found: dict[str, dict[str, None]] = {}
+    for fact in facts:
+        found.setdefault(fold(fact.prompt), {}).update((r, None) for r in fact.rephrases if "{}" in r)
+    return {prompt: list(wordings) for prompt, wordings in found.items()}
+
+
+def _variations(
+    fact: Fact, contexts: Sequence[str], reworded: Mapping[str, Sequence[str]], most: int, rng: random.Random
+) -> list[Text]:
     """Other texts that ask for the fact, with the target: as many as there are, up to `most`."""
-    wordings = list(other_wordings(fact))
-    if config.train_on_rephrases:
-        wordings += [r for r in fact.rephrases if "{}" in r]
+    wordings = dict.fromkeys((*other_wordings(fact), *reworded.get(fold(fact.prompt), ())))
     asked = [("", wording) for wording in wordings] + [(context, fact.prompt) for context in contexts]
     chosen = rng.sample(asked, min(most, len(asked)))
     return [fact_text(fact, prefix=prefix, prompt=wording, target=fact.target) for prefix, wording in chosen]

@@ -142,10 +142,12 @@ class LKS:
 
 
 def _fitted(base: Base, facts: Sequence[Fact], config: LKSConfig) -> LKSConfig:
-    """The settings of a generator that nobody else will use: with places for the tokens that these facts' targets have."""
+    """The settings of a generator that nobody else will use: with places for the tokens that these facts' targets have, and
+    where all have one, nothing that carries on, as it would never be trained."""
     if config.released or config.editor != "none":
         return config
-    return replace(config, target_tokens=min(config.target_tokens, longest_target(base, facts)))
+    longest = longest_target(base, facts)
+    return replace(config, target_tokens=min(config.target_tokens, longest), carry=config.carry and longest > 1)
 
 
 def _single_letter(facts: Sequence[Fact]) -> str | None:

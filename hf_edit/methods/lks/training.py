@@ -121,15 +121,8 @@ class _Cached:
         chosen = [self.examples[i] for i in indices]
         assert batch.inputs is not None
         device = batch.inputs.device
-        points = [(r, batch.column(r, p), e.fact) for r, e in enumerate(chosen) for p in e.mentions]
-        rows, columns, facts = torch.tensor(points, device=device).unbind(1)
-        known = codes(generator, facts)
-        carried = [(r, batch.column(r, p), token) for r, e in enumerate(chosen) for p, token in e.labels[1:]]
-        if generator.carries and carried:
-            ids = [token for _, _, token in carried]
-            known = torch.cat([known, generator.carry(token_vectors(self._embeddings, ids).to(known))])
-            more = torch.tensor(carried, device=device)
-            rows, columns = torch.cat([rows, more[:, 0]]), torch.cat([columns, more[:, 1]])
+        points, known = rewritten_points(chosen, generator, codes, self._embeddings)
+        rows, columns = torch.tensor([(r, batch.column(r, p)) for r, p in points], device=device).unbind(1)
 
         def rewritten(states: torch.Tensor, write: int) -> torch.Tensor:
             new = generator(known, states[rows, columns].float(), write)
@@ -155,6 +148,19 @@ class _Cached:
             weights = torch.tensor([share[bool(e.labels)] / len(e.kept) for e in chosen for _ in e.kept], device=total.device)
             total = total + (_kl(out.logits[len(labels) :], tokens.long(), clean) * weights).sum()
         return total / len(chosen), nll.detach() / max(1, sum(bool(e.labels) for e in chosen))
+
+
+def rewritten_points(
+    chosen: Sequence[Example], generator: Generator, codes: Codes, embeddings: nn.Module
+) -> tuple[list[tuple[int, int]], torch.Tensor]:
+    """Where texts are rewritten, (text, position), and the code of each place, [places, code size]."""
+    mentions = [(r, p, e.fact) for r, e in enumerate(chosen) for p in e.mentions]
+    known = codes(generator, torch.tensor([fact for _, _, fact in mentions], device=codes.features.device))
+    carried = [(r, p, token) for r, e in enumerate(chosen) for p, token in e.carried] if generator.carries else []
+    if carried:
+        upcoming = token_vectors(embeddings, [token for _, _, token in carried])
+        known = torch.cat([known, generator.carry(upcoming.to(known))])
+    return [(r, p) for r, p, _ in (*mentions, *carried)], known
 
 
 def train(
