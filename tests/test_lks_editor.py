@@ -353,7 +353,10 @@ def test_a_tensor_file_that_is_malformed(folder, data):
 
 def test_an_editor_that_does_not_fit_the_base_that_it_names_is_refused(llama, folder):
     wide = load_file(folder / TENSORS_FILE)
-    doubled = {name: t.repeat(2) if t.dim() == 1 and name != "feature_in.bias" else t for name, t in wide.items()}
+    doubled = {
+        name: t.repeat(2) if t.dim() == 1 and name not in ("feature_in.bias", "token_in.bias") else t
+        for name, t in wide.items()
+    }
     doubled |= {name: t.repeat(1, 2) for name, t in wide.items() if name.endswith("_in.weight")}
     doubled |= {name: t.repeat(2, 1) for name, t in wide.items() if name.endswith("out.weight")}
     save_file(doubled, folder / TENSORS_FILE)

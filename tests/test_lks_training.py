@@ -11,7 +11,7 @@ import torch
 from conftest import FACTS, QUICK_LKS, same, snapshot, tiny_model
 
 from hf_edit import BaseMismatchError, EditableModelForCausalLM, Fact, LKSConfig, LKSEditor
-from hf_edit.methods.lks import bank_facts, checkpoint, editor, swap_entity, training
+from hf_edit.methods.lks import bank_facts, checkpoint, editor, method, swap_entity, training
 from hf_edit.methods.lks.examples import build_examples
 from hf_edit.methods.lks.features import read_features
 from hf_edit.methods.lks.generator import generator_of
@@ -177,7 +177,8 @@ def test_a_generator_has_no_more_places_than_its_facts_targets_have_tokens(llama
     assert places(FACTS, target_tokens=8) == max(len(llama.tokenizer(" " + f.target)["input_ids"]) for f in FACTS) < tokens
 
 
-def test_facts_that_join_a_pack_leave_the_others_as_they_were(llama):
+def test_facts_that_join_a_pack_leave_the_others_as_they_were_where_their_codes_say_enough(llama, monkeypatch):
+    monkeypatch.setattr(method, "_LANDED", math.inf)
     _edit(llama, FACTS[:2])
     before = llama.packs["default"]
     answers = [_logits(llama, f.question) for f in FACTS[:2]]
@@ -186,6 +187,28 @@ def test_facts_that_join_a_pack_leave_the_others_as_they_were(llama):
     joined = llama.packs["default"]
     assert torch.equal(joined.tensors["codes"][:2], before.tensors["codes"])
     assert all(torch.equal(a, _logits(llama, f.question)) for a, f in zip(answers, FACTS[:2], strict=True))
+
+
+@pytest.mark.parametrize("rehearsed", [512, 1])
+def test_a_generator_that_can_not_be_told_new_facts_learns_on_and_keeps_the_old_ones(llama, monkeypatch, rehearsed):
+    monkeypatch.setattr(method, "_LANDED", -1.0)
+    monkeypatch.setattr(method, "_REHEARSED", rehearsed)
+    _edit(llama, FACTS[:2])
+    before = llama.packs["default"]
+    wanted = [llama.tokenizer(" " + f.target)["input_ids"][0] for f in FACTS]
+
+    def chances():
+        return [float(_logits(llama, f.question).log_softmax(-1)[token]) for f, token in zip(FACTS, wanted, strict=True)]
+
+    known = chances()
+    report = _edit(llama, FACTS[2:], verify=True)
+    assert _gain(report) > 0.5, str(report)
+    joined = llama.packs["default"]
+    assert not torch.equal(joined.tensors["generator.feature_in.weight"], before.tensors["generator.feature_in.weight"])
+    kept = (joined.tensors["codes"][:2] == before.tensors["codes"]).all(1)
+    assert int(kept.sum()) == max(0, 2 - rehearsed)
+    if rehearsed > 1:
+        assert all(now > then - 0.5 for now, then in zip(chances()[:2], known, strict=False))
 
 
 def test_facts_that_join_a_pack_may_keep_the_codes_that_its_generator_makes(llama):

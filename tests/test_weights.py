@@ -157,7 +157,7 @@ def test_attached_factors_change_the_output_by_their_product_and_leave_no_trace(
 def test_a_fact_by_itself_acts_on_the_tokens_where_it_is_on_and_nowhere_else(flat):
     change = _factors()[NAMES["llama"]]
     keys, clean = torch.randn(3, 4, change.right.shape[1]), torch.randn(3, 4, len(change.left))
-    points = Points([0, 2], [1, 3], [1, 0], 4)
+    points = Points([0, 2], [1, 3], [1, 0], [None, None], 4)
     given = (keys.flatten(0, 1), clean.flatten(0, 1)) if flat else (keys, clean)
     before = clean.clone()
     found = ActingAlone(change)(*given, points).reshape(clean.shape)

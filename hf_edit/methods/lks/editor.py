@@ -362,7 +362,9 @@ def _train(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: int, prog
     return LKSEditor(start.form, start.layer, generator_of(start.form, packed(generator)), *known, gate)
 
 
-def checkpoint_path(base: Base, facts: Sequence[Fact], config: LKSConfig, start: Generator, seed: int) -> Path:
+def checkpoint_path(
+    base: Base, facts: Sequence[Fact], config: LKSConfig, start: Generator, seed: int, codes_only: bool = False
+) -> Path:
     """A file for the state of one training, named after all that it depends on."""
     digest = hashlib.sha256()
     for part in (
@@ -370,6 +372,7 @@ def checkpoint_path(base: Base, facts: Sequence[Fact], config: LKSConfig, start:
         base.tokenizer_fingerprint,
         config.to_dict(),
         seed,
+        codes_only,
         [f.to_dict() for f in facts],
         __version__,
     ):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,13 +24,15 @@ from .editor import block_of, blocks_from, checkpoint_path, open_editor
 from .examples import build_examples
 from .features import longest_target, read_features
 from .generator import Generator, generator_of, packed
-from .training import train
+from .training import Trained, train
 
 __all__ = ["LKS"]
 
 _PREFIX = "generator."
 _CODES = "codes"
 _FEW = 64  # facts; so few are fitted by their codes alone, on a generator that was trained beforehand
+_LANDED = 0.5  # nats a token of a fact's target; codes that leave more are not enough
+_REHEARSED = 512  # facts of a pack that its generator goes on with when it has to learn others
 
 
 class LKS:
@@ -50,8 +53,11 @@ class LKS:
         seed: int,
         progress: bool,
     ) -> Fit:
-        """See `hf_edit.methods.Method.fit`. Facts that join a pack get codes for its generator; the pack's own stay as they
-        are, bit for bit."""
+        """See `hf_edit.methods.Method.fit`.
+
+        Facts that join a pack get codes for its generator, and the pack's own stay as they are, bit for bit. Where codes can't
+        tell a generator that learnt few facts what it is to say, it learns on, the pack's own facts beside the new ones.
+        """
         if (short := _single_letter(facts)) is not None:
             raise ValueError(f"LKS can't look for {short!r}: a single letter would be found everywhere; use method='steam'")
         if not config.train and (config.released or config.editor == "none"):
@@ -68,26 +74,25 @@ class LKS:
         generator = generator_of(config.generator, start.state_dict()).to(base.device)
         blocks = blocks_from(base, block, generator.writes)
         with frozen(base.model):
-            features = read_features(base, block, facts, generator.slots, progress).to(base.device)
-            codes_only = trained and not config.released and (previous is not None or len(facts) <= _FEW)
-            if config.train and not (codes_only and config.code_lr == 0):
-                examples = build_examples(base, facts, config, seed, progress)
-                path = checkpoint_path(base, facts, config, start, seed)
-                with seeded(seed, base.device):
-                    codes = train(
-                        base, blocks, generator, features, examples, config, seed, progress, path, codes_only=codes_only
-                    )
-            else:
-                codes = generator.encode(features)
-            everything = (*(previous.facts if previous else ()), *facts)
             known = previous.tensors if previous else {}
+            before = known.get(_CODES, torch.empty(0, generator.code_size, dtype=generator.code_dtype))
+            codes_only = trained and not config.released and (previous is not None or len(facts) <= _FEW)
+            study = _Study(base, blocks, config, seed, progress)
+            if not config.train or (codes_only and config.code_lr == 0):
+                codes = generator.encode(study.features(generator, facts))
+            else:
+                done = study.train(generator, facts, codes_only=codes_only)
+                codes = done.codes
+                if codes_only and bool((done.nll > _LANDED).any()):
+                    before, codes = study.go_on(generator, previous.facts if previous else (), before, facts, codes)
+            everything = (*(previous.facts if previous else ()), *facts)
             gate: dict[str, torch.Tensor] = {}
             if config.gate:
                 telling: Sequence[Fact] = facts if config.train_on_rephrases else ()
                 gate = fit_routing(base, everything, known, clean, seed, progress, config.gate_quiet, block, learned, telling)
         codes = codes.detach().to(generator.code_dtype).cpu()
         tensors = {_PREFIX + name: t for name, t in packed(generator).items()} | gate
-        tensors[_CODES] = codes if previous is None else torch.cat([previous.tensors[_CODES], codes])
+        tensors[_CODES] = torch.cat([before, codes])
         return Fit(tensors, _modules(base, blocks), everything)
 
     def remove(self, fit: Fit, keep: Sequence[int]) -> Fit:
@@ -139,6 +144,68 @@ class LKS:
         entities = Entities.of(fit.facts, config.fuzzy)
         spellings = Spellings(base.tokenizer, fit.facts) if generator.carries else None
         return MentionAttachment(base, entities, effects, load_routing(base, fit.tensors, fit.facts), spellings)
+
+
+@dataclass(frozen=True)
+class _Study:
+    """The trainings of one fit."""
+
+    base: Base
+    blocks: tuple[int, ...]
+    config: LKSConfig
+    seed: int
+    progress: bool
+
+    def features(self, generator: Generator, facts: Sequence[Fact]) -> torch.Tensor:
+        """What the generator is shown of facts."""
+        return read_features(self.base, self.blocks[0], facts, generator.slots, self.progress).to(self.base.device)
+
+    def train(
+        self, generator: Generator, facts: Sequence[Fact], *, codes_only: bool, known: torch.Tensor | None = None
+    ) -> Trained:
+        """See `hf_edit.methods.lks.training.train`."""
+        base, config, seed = self.base, self.config, self.seed
+        examples = build_examples(base, facts, config, seed, self.progress)
+        features = self.features(generator, facts)
+        path = checkpoint_path(base, facts, config, generator, seed, codes_only)
+        with seeded(seed, base.device):
+            return train(
+                base,
+                self.blocks,
+                generator,
+                features,
+                examples,
+                config,
+                seed,
+                self.progress,
+                path,
+                codes_only=codes_only,
+                known=known,
+            )
+
+    def go_on(
+        self,
+        generator: Generator,
+        earlier: Sequence[Fact],
+        before: torch.Tensor,
+        facts: Sequence[Fact],
+        codes: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Train the generator on, on new facts and those that it knows, of many a part by lot.
+
+        Args:
+            before: codes of the earlier facts.
+            codes: of the new ones.
+
+        Returns:
+            Codes of the earlier facts and of the new ones.
+        """
+        part = sorted(random.Random(self.seed).sample(range(len(earlier)), min(_REHEARSED, len(earlier))))
+        known = torch.cat([before[part].to(codes), codes])
+        learned = self.train(generator, [*(earlier[i] for i in part), *facts], codes_only=False, known=known).codes
+        after = before.clone()
+        after[part] = learned[: len(part)].to(before)
+        return after, learned[len(part) :]
 
 
 def _fitted(base: Base, facts: Sequence[Fact], config: LKSConfig) -> LKSConfig:

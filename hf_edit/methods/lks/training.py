@@ -6,6 +6,7 @@ import functools
 import math
 import random
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from .features import token_vectors
 from .generator import Generator
 from .store import TensorStore
 
-__all__ = ["Codes", "train"]
+__all__ = ["Codes", "Trained", "rewritten_points", "train"]
 
 _TOP = 64  # clean distributions are kept as their likeliest tokens, the rest in one bucket
 _CLIP = 1.0
@@ -41,14 +42,16 @@ class Codes(nn.Module):
     Args:
         features: [facts, slots, hidden].
         size: numbers in a code; 0 where codes have no corrections.
+        corrections: to begin with, [facts, size]; zero by default.
     """
 
-    def __init__(self, features: torch.Tensor, size: int) -> None:
+    def __init__(self, features: torch.Tensor, size: int, corrections: torch.Tensor | None = None) -> None:
         super().__init__()
         self.features = features
         self.own = nn.Embedding(len(features), size, sparse=True, device=features.device) if size else None
         if self.own is not None:
-            nn.init.zeros_(self.own.weight)
+            with torch.no_grad():
+                self.own.weight.copy_(torch.zeros_like(self.own.weight) if corrections is None else corrections)
 
     def forward(self, generator: Generator, facts: torch.Tensor) -> torch.Tensor:
         """[n] indices of facts to [n, size]."""
@@ -60,6 +63,19 @@ class Codes(nn.Module):
         """All facts' codes, [facts, size]."""
         every = torch.arange(len(self.features), device=self.features.device)
         return torch.cat([self(generator, part) for part in every.split(1024)])
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves beside the generator.
+
+    Attributes:
+        codes: [facts, code size].
+        nll: [facts], of each fact's own prompt when it was last shown, in nats a token.
+    """
+
+    codes: torch.Tensor
+    nll: torch.Tensor
 
 
 class _Cached:
@@ -114,8 +130,8 @@ class _Cached:
     def loss(
         self, indices: Sequence[int], generator: Generator, codes: Codes, config: LKSConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean over the texts of NLL and weighted KL, each a mean over a text's own positions; and the mean NLL of those that
-        have a target, without a gradient."""
+        """Mean over the texts of NLL and weighted KL, each a mean over a text's own positions; and each text's NLL, without a
+        gradient, NaN where it has no target."""
         batch = self.cache.batch([self.place[i] for i in indices])
         self.store.release()
         chosen = [self.examples[i] for i in indices]
@@ -135,19 +151,22 @@ class _Cached:
         out = batch.run(labels + kept, inputs=rewritten(batch.inputs, 0), hooks=hooks)
         assert out.logits is not None
         total = torch.zeros((), device=out.logits.device)
-        nll = total
+        nll = torch.full((len(chosen),), torch.nan, device=total.device)
         if labels:
             wanted = torch.tensor([token for e in chosen for _, token in e.labels], device=total.device)
+            owners = torch.tensor([r for r, _ in labels], device=total.device)
             weights = torch.tensor([1 / len(e.labels) for e in chosen for _ in e.labels], device=total.device)
-            nll = (nn.functional.cross_entropy(out.logits[: len(labels)], wanted, reduction="none") * weights).sum()
-            total = total + nll
+            losses = nn.functional.cross_entropy(out.logits[: len(labels)], wanted, reduction="none") * weights
+            total = total + losses.sum()
+            nll[owners] = 0.0
+            nll.index_add_(0, owners, losses.detach())
         if kept:
             of_kept = [self.clean[i] for i in indices if self.examples[i].kept]
             tokens, clean = (torch.cat([t.to(total.device) for t in part]) for part in zip(*of_kept, strict=True))
             share = {True: config.tail_weight, False: config.kl_weight}
             weights = torch.tensor([share[bool(e.labels)] / len(e.kept) for e in chosen for _ in e.kept], device=total.device)
             total = total + (_kl(out.logits[len(labels) :], tokens.long(), clean) * weights).sum()
-        return total / len(chosen), nll.detach() / max(1, sum(bool(e.labels) for e in chosen))
+        return total / len(chosen), nll
 
 
 def rewritten_points(
@@ -176,7 +195,8 @@ def train(
     *,
     codes_only: bool = False,
     tellings: int = 1,
-) -> torch.Tensor:
+    known: torch.Tensor | None = None,
+) -> Trained:
     """Train a generator in place, and the facts' codes.
 
     Args:
@@ -186,9 +206,7 @@ def train(
         checkpoint: a file for the state between epochs, from which an equal training goes on; gone when it is done.
         codes_only: leave the generator as it is.
         tellings: of how many tellings the facts are, one after the other; each pass shows the next.
-
-    Returns:
-        The facts' codes, [facts, code size].
+        known: codes that the facts have, to begin with.
     """
     flat: list[Example] = []
     index = [_extend(flat, group) for group in ([[e] for e in examples.prompts], examples.variations, examples.locality)]
@@ -196,7 +214,8 @@ def train(
     told = [[kind[n : n + facts] for kind in index] for n in range(0, len(features), facts)]
     device = base.device
     code_lr = 0.0 if config.released else (_CODE_LR if config.code_lr is None else config.code_lr)
-    codes = Codes(features.to(device), generator.code_size if code_lr else 0)
+    corrections = None if known is None else known.to(device, torch.float32) - generator.encode(features.to(device)).detach()
+    codes = Codes(features.to(device), generator.code_size if code_lr else 0, corrections)
     generator.requires_grad_(not codes_only)
     optimisers: list[torch.optim.Optimizer] = []
     if not codes_only:
@@ -215,6 +234,7 @@ def train(
     drawn = {i for epoch in range(epochs) for batch in batches(epoch) for i in batch}
     with autocast(device, dtype):
         cached = _Cached(base, blocks, flat, drawn, config, progress)
+    reached = torch.zeros(len(flat))
     kept = Checkpoint(checkpoint, {"generator": generator, "codes": codes}, optimisers)
     done = kept.resume()
     with bar(epochs * steps, f"training on {facts} facts", "step", progress) as shown:
@@ -233,15 +253,17 @@ def train(
                     nn.utils.clip_grad_norm_(generator.parameters(), _CLIP)
                 for optimiser in optimisers:
                     optimiser.step()
-                losses.append(float(nll))
+                reached[batch] = nll.float().cpu()
+                losses.append(float(nll.nanmean()))
                 shown.update()
-            shown.set_postfix(nll=f"{sum(losses) / len(losses):.3f}", refresh=False)
+            told_now = [loss for loss in losses if not math.isnan(loss)]  # a batch may hold other questions alone
+            shown.set_postfix(nll=f"{sum(told_now) / len(told_now):.3f}", refresh=False)
             kept.save(epoch + 1)
-            if (epoch + 1) * steps >= config.min_steps and max(losses) < _GOOD_ENOUGH:
+            if (epoch + 1) * steps >= config.min_steps and max(told_now) < _GOOD_ENOUGH:
                 break
     kept.remove()
     generator.requires_grad_(False)
-    return codes.all(generator)
+    return Trained(codes.all(generator), reached[: len(features)])
 
 
 def _plan(index: list[list[list[int]]], lengths: list[int], config: LKSConfig) -> tuple[int, int]:
