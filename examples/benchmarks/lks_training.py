@@ -68,7 +68,9 @@ def whole_loss(
     for r, example in enumerate(chosen):
         if example.labels:
             at, wanted = zip(*example.labels, strict=True)
-            total = total + nn.functional.cross_entropy(logits[r, list(at)], ids.new_tensor(wanted))
+            weights = logits.new_tensor(training.token_weights(example, generator))
+            losses = nn.functional.cross_entropy(logits[r, list(at)], ids.new_tensor(wanted), reduction="none")
+            total = total + losses @ weights
         if example.kept:
             top = clean[r, list(example.kept)].topk(training._TOP)
             kl = training._kl(logits[r, list(example.kept)], top.indices, top.values)

@@ -23,7 +23,7 @@ from .features import token_vectors
 from .generator import Generator
 from .store import TensorStore
 
-__all__ = ["Codes", "Trained", "rewritten_points", "train"]
+__all__ = ["Codes", "Trained", "rewritten_points", "token_weights", "train"]
 
 _TOP = 64  # clean distributions are kept as their likeliest tokens, the rest in one bucket
 _CLIP = 1.0
@@ -130,8 +130,8 @@ class _Cached:
     def loss(
         self, indices: Sequence[int], generator: Generator, codes: Codes, config: LKSConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean over the texts of NLL and weighted KL, each a mean over a text's own positions; and each text's NLL, without a
-        gradient, NaN where it has no target."""
+        """Mean over the texts of NLL (see `token_weights`) and weighted KL, a mean over a text's own positions; and each text's
+        NLL, without a gradient, NaN where it has no target."""
         batch = self.cache.batch([self.place[i] for i in indices])
         self.store.release()
         chosen = [self.examples[i] for i in indices]
@@ -155,7 +155,7 @@ class _Cached:
         if labels:
             wanted = torch.tensor([token for e in chosen for _, token in e.labels], device=total.device)
             owners = torch.tensor([r for r, _ in labels], device=total.device)
-            weights = torch.tensor([1 / len(e.labels) for e in chosen for _ in e.labels], device=total.device)
+            weights = torch.tensor([w for e in chosen for w in token_weights(e, generator)], device=total.device)
             losses = nn.functional.cross_entropy(out.logits[: len(labels)], wanted, reduction="none") * weights
             total = total + losses.sum()
             nll[owners] = 0.0
@@ -180,6 +180,15 @@ def rewritten_points(
         upcoming = token_vectors(embeddings, [token for _, _, token in carried])
         known = torch.cat([known, generator.carry(upcoming.to(known))])
     return [(r, p) for r, p, _ in (*mentions, *carried)], known
+
+
+def token_weights(example: Example, generator: Generator) -> list[float]:
+    """What each of a text's labels weighs in its NLL. Where targets are carried on, all that a mention has to say is how they
+    begin: the first token weighs half, however many follow."""
+    count = len(example.labels)
+    if not generator.carries or count < 2:
+        return [1 / count] * count if count else []
+    return [0.5, *[0.5 / (count - 1)] * (count - 1)]
 
 
 def train(
