@@ -16,7 +16,6 @@ from hf_edit.weights.attach import ActingAlone, Factors, WeightAttachment
 from hf_edit.weights.editors import EDITORS, Insertion
 from hf_edit.weights.prompts import fact_texts
 from hf_edit.weights.solve import Protected, insert
-from hf_edit.weights.values import Values
 
 NAMES = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}
 
@@ -80,11 +79,12 @@ def test_an_insertion_leaves_the_prompts_other_tokens_alone(tokenizer):
         rows = [text.rewrites[0] for text in texts]
         points = [(i, p) for i, row in enumerate(rows) for p in range(row.target[0]) if p != row.subject]
         others = read_keys_and_states(base.model, layout, [r.ids for r in rows], points, modules=(name,), last=block)[0][name]
-        states = torch.zeros(4, layout.hidden_size)
-        values = Values(torch.randn(4, layout.hidden_size), states, torch.empty(0, 4), None)
+        deltas = torch.randn(4, layout.hidden_size)
         moved = []
         for bystanders in (0.0, 1.0):
-            problem = Insertion(base, layout, (block,), texts, values, statistics, (), 0.1, 0.02, 0.1, bystanders=bystanders)
+            problem = Insertion(
+                base, layout, (block,), texts, deltas, None, statistics, (), 0.1, 0.02, 0.1, bystanders=bystanders
+            )
             moved.append(float((others @ EDITORS["memit"](problem)[name].factors.dense().T).norm()))
     assert moved[1] < 0.3 * moved[0]
 

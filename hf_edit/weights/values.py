@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -94,13 +94,6 @@ class Values:
     states: torch.Tensor
     losses: torch.Tensor
     scale: float | None
-
-    def raised(self, facts: Sequence[int], further: Values) -> Values:
-        """The values with those of some facts raised by `further`, which was optimised in an edited model: what was asked for
-        and what is still missing there, since an insertion carries over a part only."""
-        deltas = self.deltas.clone()
-        deltas[facts] += further.deltas
-        return replace(self, deltas=deltas)
 
 
 def optimize_values(

@@ -272,7 +272,8 @@ class _Job:
             self.layout,
             self.layers,
             texts,
-            values,
+            values.deltas,
+            values.scale,
             self.statistics,
             encode(self.base.tokenizer, [fact_text(f) for f in earlier]),
             covariance_weight=config.covariance_weight or 0.1 * width * min(max(1.0, len(facts) / 100) ** 2, 10.0),
@@ -293,8 +294,10 @@ class _Job:
                 if not short or not left:
                     break
                 further = self._values([texts[i] for i in short], objective(short))
-            values = values.raised(short, further)
-            updates = EDITORS[self.editor](replace(problem, values=values))
+            # what was asked for and what is still missing there, since an insertion carries over a part only
+            deltas = problem.deltas.index_add(0, torch.tensor(short, device=problem.deltas.device), further.deltas)
+            problem = replace(problem, deltas=deltas)
+            updates = EDITORS[self.editor](problem)
         return best
 
     def _values(self, texts: Sequence[FactTexts], objective: Objective | None) -> Values:

@@ -18,7 +18,6 @@ from ...suffix import Frontier
 from ..attach import WeightAttachment
 from ..prompts import FactTexts
 from ..solve import Protected, Update, insert
-from ..values import Values
 
 __all__ = ["Insertion", "spread"]
 
@@ -32,9 +31,10 @@ class Insertion:
     Attributes:
         base: the model.
         layout: its blocks and projections.
-        layers: the blocks to edit, ascending; the values were optimised at the last.
+        layers: the blocks to edit, ascending; `deltas` were optimised at the last.
         texts: of each fact.
-        values: of each fact.
+        deltas: of each fact, what its key shall add to the last layer's projection: float32 [facts, hidden].
+        scale: the factor from a change of the projection's output to the block's output; None behind a norm.
         statistics: second moments of the layers' keys.
         earlier: bare prompts of facts edited before, whose keys the new edit must not move.
         covariance_weight: MEMIT's lambda.
@@ -48,7 +48,8 @@ class Insertion:
     layout: Layout
     layers: Sequence[int]
     texts: Sequence[FactTexts]
-    values: Values
+    deltas: torch.Tensor
+    scale: float | None
     statistics: KeyStatistics
     earlier: Sequence[EncodedText]
     covariance_weight: float
@@ -154,21 +155,24 @@ def spread(problem: Insertion, precondition: Precondition) -> dict[str, Update]:
     Raises:
         ValueError: several layers in a model whose blocks normalise the MLP's output before they add it.
     """
-    values, updates = problem.values, {}
-    if values.scale is None and len(problem.layers) > 1:
+    scale, updates = problem.scale, {}
+    if scale is None and len(problem.layers) > 1:
         raise ValueError(
             "this model's blocks normalise what the MLP writes, so a residual can't be spread over several layers; "
             f"give one: layers=[{problem.layers[-1]}]"
         )
     reader = Reader(problem)
+    goal: torch.Tensor | None = None  # what the last layer's block shall give in the end
     with ExitStack() as edited:
         for done, block in enumerate(problem.layers):
             name = problem.layout.projection(block)
-            if values.scale is None:
-                residuals = values.deltas
+            if scale is None or len(problem.layers) == 1:
+                residuals = problem.deltas
             else:
-                goal = values.states + values.scale * values.deltas
-                residuals = (goal - reader.states(block).to(goal.device)) / (values.scale * (len(problem.layers) - done))
+                states = reader.states(block)
+                if goal is None:
+                    goal = states + scale * problem.deltas.to(states.device)
+                residuals = (goal - states) / (scale * (len(problem.layers) - done))
             K = reader.keys(block).T.cpu()
             protected = Protected.of(reader.protected_keys(block).T.cpu(), partial(precondition, block))
             updates[name] = insert(K, protected.precondition(K), residuals.T)
