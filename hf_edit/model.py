@@ -6,8 +6,8 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -263,7 +263,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         state = self._packs.copy(), self._active
         try:
             if replaced := superseded(self.list_edits(), wanted):
-                self._put(*self._without(replaced, but_in=pack_name))
+                self._put(*self._without(replaced, progress))
             pack = self._fit(wanted, method, settings, pack_name, seed, progress)
             fitted = time.perf_counter() - started - asked
             active = (*(n for n in self._active if n != pack_name), pack_name)
@@ -301,7 +301,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         """Fit facts on top of the weight edits in force; edits that work by hooks are off meanwhile."""
         how = get_method(method)
         previous = self._packs.get(pack_name)
-        if previous is not None:
+        if previous is not None:  # of one in force, what these facts replace is taken out already
             replaced = {f.key for f in superseded(previous.facts, facts)}
             kept = [i for i, f in enumerate(previous.facts) if f.key not in replaced]
             if not kept:
@@ -312,29 +312,37 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         if previous is not None and previous.in_weights:
             under.append(previous)
         with self.disable_edits():
+            with self._with_only(under) as clean:
+                fit = how.fit(
+                    self._base,
+                    facts,
+                    settings,
+                    previous=previous.fit if previous is not None else None,
+                    clean=clean,
+                    seed=seed,
+                    progress=progress,
+                )
+                how.validate(fit, settings, self._base)  # nothing is made that could not be loaded
+            base = describe_base(self._base, fit.modules, known=self._origin)
+        beneath = [pack for pack in under if pack is not previous]
+        return EditPack(method, settings, fit, base, seed, versions(), beneath[-1].digest if beneath else None)
+
+    @contextmanager
+    def _with_only(self, packs: Sequence[EditPack]) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+        """The model with just these weight edits in force, for a method to work on; what it leaves behind is put back. Gives
+        what the method takes as `clean`."""
+        with self.disable_edits():
             self._base.forget()  # the clean weights may be others than at the last edit
             _ = self._base.fingerprint
             untouched = Untouched(self.base_model)
             try:
-                self._attach_all(under)
+                self._attach_all(packs)
                 with torch.inference_mode(False), torch.enable_grad():
-                    fit = how.fit(
-                        self._base,
-                        facts,
-                        settings,
-                        previous=previous.fit if previous is not None else None,
-                        clean=lambda: self._lifted(under),
-                        seed=seed,
-                        progress=progress,
-                    )
-                how.validate(fit, settings, self._base)  # nothing is made that could not be loaded
+                    yield lambda: self._lifted(packs)
             finally:
                 with uninterrupted():
                     self._detach()
                     untouched.put_back()
-            base = describe_base(self._base, fit.modules, known=self._origin)
-        beneath = [pack for pack in under if pack is not previous]
-        return EditPack(method, settings, fit, base, seed, versions(), beneath[-1].digest if beneath else None)
 
     def _ask(self, facts: Sequence[Fact], progress: bool) -> list[tuple[str, float]]:
         answers = greedy(self._base, [f.question for f in facts], _ANSWER_TOKENS, progress=progress)
@@ -493,23 +501,34 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
                 "load those first, or pass verify_base='warn' to do without"
             )
 
-    def _without(self, facts: Sequence[Fact], but_in: str | None = None) -> tuple[dict[str, EditPack], tuple[str, ...]]:
-        """The packs, and the names of those in force, when facts are taken out of them; packs left empty are gone.
-
-        Args:
-            but_in: name of a pack that is left alone.
-        """
+    def _without(self, facts: Sequence[Fact], progress: bool = True) -> tuple[dict[str, EditPack], tuple[str, ...]]:
+        """The packs, and the names of those in force, when facts are taken out of them; packs left empty are gone."""
         packs, keys = dict(self._packs), {fact.key for fact in facts}
         for name in self._active:
             here = [str(f.id) for f in packs[name].facts if f.key in keys]
-            if name == but_in or not here:
+            if not here:
                 continue
             if len(here) == len(packs[name].facts):
                 del packs[name]
             else:
-                packs[name] = packs[name].remove(here)
+                packs[name] = self._less(name, here, progress)
         active = tuple(name for name in self._active if name in packs)
         return relinked(packs, active), active
+
+    def _less(self, name: str, ids: Sequence[str], progress: bool) -> EditPack:
+        """A pack in force without some of its facts: exactly, where its method can do that with the model."""
+        pack = self._packs[name]
+        how = get_method(pack.method)
+        remove = getattr(how, "remove_exactly", None)
+        if remove is None or not pack.in_weights:
+            return pack.remove(ids)
+        out = set(ids)
+        keep = [i for i, fact in enumerate(pack.facts) if fact.id not in out]
+        beneath = [self._packs[n] for n in self._active[: self._active.index(name)] if self._packs[n].in_weights]
+        with self._with_only(beneath) as clean:
+            fit = remove(self._base, pack.fit, keep, pack.config, clean=clean, progress=progress)
+            how.validate(fit, pack.config, self._base)
+        return replace(pack, fit=fit)
 
     def set_packs(self, names: str | Sequence[str]) -> None:
         """Put just these packs in force, in this order.
@@ -539,11 +558,18 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         """The facts in force, pack by pack."""
         return [fact for name in self._active for fact in self._packs[name].facts]
 
-    def remove_edits(self, ids: str | Sequence[str]) -> None:
-        """Take single facts out of force, without training; a pack left empty is deleted.
+    def remove_edits(self, ids: str | Sequence[str], *, progress: bool = True) -> None:
+        """Take single facts out of force, without training; a pack left empty is deleted. What is left of it is what the same
+        values make where those facts never were.
+
+        A weight edit inserts the values of the others anew for that, which takes a small part of the edit's time, and the key
+        statistics where they are not in the cache. Where it can't (a sum of packs, edits of one pack with different settings,
+        statistics that are not at hand), a warning says so, and the facts are solved out of what the pack stores, as
+        `EditPack.remove` does. Other packs stay as they are, also those that were made on top.
 
         Args:
             ids: `Fact.id` of facts in force (see `list_edits`).
+            progress: show progress bars for what takes longer than two seconds.
 
         Raises:
             KeyError: no fact in force has that id.
@@ -551,7 +577,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         wanted = {ids} if isinstance(ids, str) else set(ids)
         if missing := wanted - {str(f.id) for f in self.list_edits()}:
             raise KeyError(f"no fact in force has the id {sorted(missing)[0]!r}; see model.list_edits()")
-        self._put(*self._without([fact for fact in self.list_edits() if str(fact.id) in wanted]))
+        self._put(*self._without([fact for fact in self.list_edits() if str(fact.id) in wanted], progress))
 
     def rollback(self) -> None:
         """Back to the clean base model, bit for bit; all packs are forgotten."""

@@ -164,7 +164,8 @@ class EditPack(PushToHub):
         return difference(self, other)
 
     def remove(self, ids: Sequence[str]) -> EditPack:
-        """The pack without some facts, solved from what it stores: no training, no model.
+        """The pack without some facts, solved from what it stores: no training, no model. Of weight edits a rest of what was
+        done for those facts stays, which `EditableModelForCausalLM.remove_edits` does not leave.
 
         Args:
             ids: ids of the facts to take out.

@@ -13,6 +13,7 @@ from hostile import QUICKEST, rehash
 from hf_edit import BaseMismatchError, ConflictingEditsError, EditableModelForCausalLM, EditPack, Fact, MergeError
 from hf_edit.facts import resolve_conflicts, superseded
 from hf_edit.methods import Fit, get_method
+from hf_edit.methods.steam.record import Record
 from hf_edit.weights.solve import insert
 
 OTHERS = [fact.replace(subject=f"New {fact.subject}") for fact in FACTS]
@@ -158,6 +159,7 @@ def test_a_layer_without_a_fact_is_what_the_others_alone_give():
     kept = [0, 1, 3]
     whole, alone = (insert(keys[:, own], whitened[:, own], residuals[:, own]) for own in (range(4), kept))
     tensors = {"m.left": whole.factors.left, "m.right": whole.factors.right, "m.gram": whole.gram}
+    tensors |= Record.of(torch.randn(4, 1, 96), 0, "memit").tensors()
     method = get_method("steam")
     removed = method.remove(Fit(tensors, ("m",), tuple(FACTS)), kept)
     assert removed.facts == tuple(FACTS[i] for i in kept)

@@ -312,33 +312,68 @@ def test_a_malformed_tensor_file(world, pack, data, match):
 
 
 def _each(change):
-    def apply(tensors):
-        name = next(name for name in sorted(tensors) if tensors[name].dim() == 2 and len(set(tensors[name].shape)) == 2)
+    def apply(tensors, name=None):
+        name = name or next(n for n in sorted(tensors) if tensors[n].dim() == 2 and len(set(tensors[n].shape)) == 2)
         tensors[name] = change(tensors[name])
 
     return apply
 
 
-@pytest.mark.parametrize("method", ["steam", "lks"])
-@pytest.mark.parametrize(
+_WRONG = pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda tensors: tensors.pop(sorted(tensors)[0]), "tensors|needs a"),
-        (lambda tensors: tensors.update(extra=torch.zeros(1)), "tensors"),
-        (_each(lambda t: t.to(torch.bfloat16)), "float32|dtype|matri|tensors"),
-        (_each(lambda t: t.reshape(-1)), "matri|shape|tensors"),
-        (_each(lambda t: t.reshape(-1)[:1].clone()), "matri|shape|tensors"),
-        (_each(lambda t: t.T.contiguous()), "facts|matri|shape|tensors"),
-        (_each(lambda t: t[..., :-1].contiguous()), "facts|matri|shape|tensors|codes"),
+        (lambda tensors, name=None: tensors.pop(name or sorted(tensors)[0]), "tensors|needs a"),
+        (lambda tensors, name=None: tensors.update(extra=torch.zeros(1)), "tensors"),
+        (_each(lambda t: t.to(torch.bfloat16)), "float32|dtype|matri|tensors|int64"),
+        (_each(lambda t: t.reshape(-1)), "matri|shape|tensors|int64"),
+        (_each(lambda t: t.reshape(-1)[:1].clone()), "matri|shape|tensors|int64"),
+        (_each(lambda t: t.mT.contiguous()), "facts|matri|shape|tensors|int64"),
+        (_each(lambda t: t[..., :-1].contiguous()), "facts|matri|shape|tensors|codes|int64"),
         (_each(lambda t: t * float("nan")), "NaN or infinity"),
-        (_each(lambda t: t.index_fill(0, torch.tensor([0]), float("inf"))), "NaN or infinity"),
+        (_each(lambda t: t.float().index_fill(0, torch.tensor([0]), float("inf"))), "NaN or infinity"),
         (_each(lambda t: torch.full_like(t.float(), 1e30)), "out of any scale"),
         (_each(lambda t: torch.full_like(t.float(), -1e30)), "out of any scale"),
     ],
     ids=["missing", "extra", "dtype", "rank", "one-element", "transposed", "short", "nan", "inf", "1e30", "-1e30"],
 )
+
+
+@_WRONG
+@pytest.mark.parametrize("method", ["steam", "lks"])
 def test_tensors_that_are_not_the_methods(world, tmp_path, method, change, match):
     world.refuses(rewrite(world.copy(tmp_path, method), tensors=change), PackFormatError, match)
+
+
+@_WRONG
+@pytest.mark.parametrize("name", ["values", "edits", "model.layers.1.mlp.down_proj.left"])
+def test_of_a_weight_edit_each_kind_of_tensor(world, pack, name, change, match):
+    world.refuses(rewrite(pack, tensors=lambda tensors: change(tensors, name)), PackFormatError, match)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "match"),
+    [
+        ("values", torch.zeros(3, 1, 48), "values must be float32"),
+        ("values", torch.zeros(4, 2, 48), "values must be float32"),  # more than there are layers
+        ("values", torch.zeros(4, 1, 96), "values must be float32"),
+        ("edits", torch.tensor([[4, 0, 2, 0]]), "edits must be int64"),
+        ("edits", torch.tensor([[1, 0, 2]] * 5), "edits must be int64"),
+        ("edits", torch.tensor([[3, 0, 2]]), "not of 4 facts"),
+        ("edits", torch.tensor([[4, 0, 2], [0, 0, 2]]), "not of 4 facts"),
+        ("edits", torch.tensor([[5, 0, 2], [-1, 0, 2]]), "not of 4 facts"),
+        ("edits", torch.tensor([[2**63 - 1, 0, 2], [2**63 - 1, 0, 2], [6, 0, 2]]), "not of 4 facts"),
+        ("edits", torch.tensor([[4, 0, -1]]), "editor that is none"),
+        ("edits", torch.tensor([[4, 0, 4]]), "editor that is none"),
+    ],
+    ids=lambda value: "" if isinstance(value, torch.Tensor) else value,
+)
+def test_a_record_of_other_facts_layers_or_editors(world, pack, name, tensor, match):
+    world.refuses(rewrite(pack, tensors=lambda tensors: tensors.update({name: tensor})), PackFormatError, match)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
+def test_any_seed_may_be_in_a_record(world, pack, seed):
+    world.takes(rewrite(pack, tensors=lambda tensors: tensors.update(edits=torch.tensor([[4, seed, 2]]))))
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0])

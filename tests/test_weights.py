@@ -122,12 +122,14 @@ def test_fewer_facts_are_solved_from_what_is_stored():
     from conftest import FACTS
 
     from hf_edit.methods import Fit, get_method
+    from hf_edit.methods.steam.record import Record
 
     generator = torch.Generator().manual_seed(0)
     K, R = torch.randn(20, 4, generator=generator).double(), torch.randn(8, 4, generator=generator).double()
     solve = Moment(torch.eye(20).double(), 1).solve
     whole, part = (insert(K[:, keep], solve(K[:, keep]), R[:, keep]) for keep in ([0, 1, 2, 3], [0, 2]))
     tensors = {"m.left": whole.factors.left, "m.right": whole.factors.right, "m.gram": whole.gram}
+    tensors |= Record.of(torch.randn(4, 1, 8), 0, "memit").tensors()
     left = get_method("steam").remove(Fit(tensors, ("m",), tuple(FACTS)), [0, 2])
     assert left.facts == (FACTS[0], FACTS[2])
     torch.testing.assert_close(left.tensors["m.left"] @ left.tensors["m.right"], part.factors.dense(), atol=1e-5, rtol=1e-5)

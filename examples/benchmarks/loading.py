@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_edit import EditableModelForCausalLM, EditPack, Fact
 from hf_edit.base import Base
 from hf_edit.methods import Fit, get_method
+from hf_edit.methods.steam.record import Record
 from hf_edit.pack import describe_base, versions
 
 # Imports come first: they are the same for all, and no part of loading.
@@ -63,7 +64,9 @@ def random_steam(base: Base, count: int) -> Fit:
             f"{name}.right": 1e-6 * torch.randn(count, width),
             f"{name}.gram": torch.eye(count),
         }
-    return Fit(tensors, tuple(sorted({name.rpartition(".")[0] for name in tensors})), tuple(facts(count)))
+    modules = tuple(sorted({name.rpartition(".")[0] for name in tensors}))
+    record = Record.of(torch.randn(count, 1, layout.hidden_size), 0, "memit")
+    return Fit(tensors | record.tensors(), modules, tuple(facts(count)))
 
 
 def random_lks(model: EditableModelForCausalLM, count: int) -> EditPack:

@@ -174,7 +174,10 @@ class Method(Protocol):
         ...
 
     def remove(self, fit: Fit, keep: Sequence[int]) -> Fit:
-        """The same edit with only the facts at the indices `keep`, without any training."""
+        """The same edit with only the facts at the indices `keep`, without any training.
+
+        A method that can do better with the model at hand has a `remove_exactly` too, see `hf_edit.methods.steam`.
+        """
         ...
 
     def validate(self, fit: Fit, config: Any, base: Base | None) -> None:

@@ -1,0 +1,69 @@
+"""The tensors of a pack of weight edits, by module: factors, and what it takes to solve them for fewer facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+
+from ...weights.attach import Factors
+from ...weights.solve import Update
+from ..base import Fit
+
+__all__ = ["PARTS", "appended", "chosen", "update_of"]
+
+PARTS = ("left", "right", "gram")  # behind a gate, the first two
+_JOINED: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
+    "left": partial(torch.cat, dim=1),
+    "right": torch.cat,
+    "gram": lambda grams: torch.block_diag(*grams),
+}
+
+
+def chosen(fit: Fit, keep: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The tensors of some of the facts, with their changes as they are."""
+    found: dict[str, torch.Tensor] = {}
+    keep = list(keep)
+    for module in fit.modules:
+        left, right, gram = (fit.tensors.get(f"{module}.{part}") for part in PARTS)
+        assert left is not None
+        assert right is not None
+        found |= {f"{module}.left": left[:, keep], f"{module}.right": right[keep]}
+        if gram is not None:
+            found[f"{module}.gram"] = gram[keep][:, keep]
+    return found
+
+
+def update_of(fit: Fit, module: str) -> Update:
+    """A module's change in a pack."""
+    left, right = (fit.tensors[f"{module}.{part}"] for part in PARTS[:2])
+    alone = torch.zeros(1, 1).expand(len(right), len(right))  # behind a gate
+    return Update(Factors(left, right), fit.tensors.get(f"{module}.gram", alone))
+
+
+def appended(
+    tensors: Mapping[str, torch.Tensor], updates: Mapping[str, Update], parts: Sequence[str] = PARTS
+) -> dict[str, torch.Tensor]:
+    """Earlier factors with new ones beside them; a module that only one of the two edits gets zeros for the other."""
+    new = {m: dict(zip(PARTS, (u.factors.left, u.factors.right, u.gram), strict=True)) for m, u in updates.items()}
+    old: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        old.setdefault(module, {})[part] = tensor
+    counts = [next((len(side[m]["right"]) for m in side), 0) for side in (old, new)]
+    joined = {}
+    for module in sorted({*old, *new}):
+        like = old.get(module) or new[module]
+        sides = [
+            side.get(module)
+            or {
+                "left": torch.zeros(len(like["left"]), count),
+                "right": torch.zeros(count, like["right"].shape[1]),
+                "gram": torch.zeros(1, 1).expand(count, count),
+            }
+            for side, count in zip((old, new), counts, strict=True)
+        ]
+        for part in parts:
+            joined[f"{module}.{part}"] = _JOINED[part]([side[part] for side in sides])
+    return joined
