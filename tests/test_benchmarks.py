@@ -11,7 +11,7 @@ import torch
 from conftest import FACTS, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_edit import EditableModelForCausalLM, Fact, LKSConfig
+from hf_edit import EditableModelForCausalLM, Fact, LKSConfig, Question
 from hf_edit.base import Base
 from hf_edit.methods.lks import training
 from hf_edit.methods.lks.examples import build_examples
@@ -151,3 +151,19 @@ def test_the_packs_whose_loading_is_measured_are_packs_that_load(tokenizer, tmp_
     model = EditableModelForCausalLM(base, AutoTokenizer.from_pretrained(tmp_path / "base"))
     model.load_pack(tmp_path / method)
     assert model.packs["default"].facts == tuple(loading.facts({"steam": 3, "lks": 5}[method]))
+
+
+def test_wordings_that_are_measured_are_told_about_no_subject():
+    def fact(subject, *rephrases, question):
+        asked = Question(f"Where is {subject}{question}", "there")
+        return Fact(subject, "The capital of {} is", "Rome", rephrases=rephrases, locality=(asked,))
+
+    facts = [
+        fact("France", "{} is ruled from", question="?"),
+        fact("Spain", "Spain is Ruled from", "{}'s seat of power is", question="?"),
+        fact("Norway", "Norway is ruled from", "{}'s seat of power is", question=" on a map?"),
+    ]
+    with _benchmark("lks") as lks:
+        told = lks.without_wordings(facts, facts[:1])
+    assert [f.rephrases for f in told] == [(), ("{}'s seat of power is",), ("{}'s seat of power is",)]
+    assert [len(f.locality) for f in told] == [0, 0, 1]
