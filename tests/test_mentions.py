@@ -298,6 +298,41 @@ def test_going_on_clean_behind_a_target_takes_no_forward_of_its_own(edited):
         close(out.logits[0, -1], edited.model(input_ids=torch.tensor([prompt + target])).logits[0, -1])
 
 
+def test_rows_of_a_batch_go_on_clean_at_times_of_their_own_and_run_again_by_themselves(edited):
+    """Made to say their targets, one sooner than the other, rows of a batch get what each gets alone."""
+    answers = {CAPITAL: " Rome is here", SPAIN: " big Oslo is", OTHER: " Rome Oslo"}
+    prompts = [edited.tokenizer(p)["input_ids"] for p in answers]
+    said = [edited.tokenizer(a)["input_ids"] for a in answers.values()]
+    most = max(map(len, said))
+    shapes = []
+    block = edited.layout().blocks[0]
+    counting = block.register_forward_hook(lambda _, __, output: shapes.append(tuple(hidden_of(output).shape[:2])))
+
+    def logits(rows):
+        ids, mask = pad([prompts[r] for r in rows], "left")
+
+        def force(input_ids, scores):
+            scores = torch.full_like(scores, -torch.inf)
+            for n, r in enumerate(rows):
+                scores[n, [*said[r], *[0] * most][input_ids.shape[1] - ids.shape[1]]] = 0.0
+            return scores
+
+        shapes.clear()
+        shared = {"max_new_tokens": most + 1, "output_logits": True, "return_dict_in_generate": True}
+        out = generated(edited, ids, attention_mask=mask, logits_processor=[force], **shared)
+        return torch.stack(out.logits, 1)
+
+    together = logits([0, 1, 2])
+    counting.remove()
+    if getattr(edited.model.config, "sliding_window", None):  # a window's rows can't be put back
+        assert not any(rows == 1 for rows, _ in shapes)
+    else:
+        assert sum(rows == 1 and columns > 1 for rows, columns in shapes) == 2
+        assert [shape for shape in shapes if shape[0] == 3 and shape[1] > 1] == shapes[:1]
+    for r in range(3):
+        close(together[r], logits([r])[0])
+
+
 # --- a target of several tokens is carried on -------------------------------------------------------------------------
 
 
