@@ -12,6 +12,7 @@ import threading
 import uuid
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -82,9 +83,11 @@ class Spellings:
     def __call__(self, fact: int) -> tuple[tuple[int, ...], ...]:
         if fact not in self._known:
             told, target = self._facts[fact], self._facts[fact].target
-            line = Text("\n" + target, target=(1, 1 + len(target)))
-            spelled = encode(self._tokenizer, [fact_text(told, target=target), line])
-            self._known[fact] = tuple(dict.fromkeys(text.labels for text in spelled))
+            spelled: dict[tuple[int, ...], None] = {}
+            for text in (fact_text(told, target=target), Text("\n" + target, target=(1, 1 + len(target)))):
+                with suppress(ValueError):  # no token is the target's alone
+                    spelled[encode(self._tokenizer, [text])[0].labels[:_ANSWER]] = None
+            self._known[fact] = tuple(spelled)
         return self._known[fact]
 
 
