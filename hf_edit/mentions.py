@@ -211,7 +211,8 @@ class MentionAttachment:
     chunk or turn than the mention, a name turns out to be the beginning of another, or the gate reads a block above the one
     where the edit acts. Then the tokens from the first changed mention on are run again, in place of what the cache held. So
     every way of running the model gives what the whole prompt gives at once. That a target has been said is known before its
-    last token runs; then those tokens run with it, in one forward.
+    last token runs; then those tokens run with it, in one forward. On a CPU, where the width of a run counts, rows that are
+    right as they are don't take part.
 
     Args:
         base: model and tokenizer.

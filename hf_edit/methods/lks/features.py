@@ -7,6 +7,7 @@ last; a target of several tokens is told in full only by all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -70,8 +71,8 @@ def general_states(base: Base, blocks: Sequence[int]) -> tuple[torch.Tensor, lis
 
 def token_vectors(embeddings: nn.Module, ids: Sequence[int]) -> torch.Tensor:
     """The input embeddings of tokens, float32 [tokens, embedding], as the generator is shown them."""
-    weight = embeddings.get_parameter("weight").detach()
-    return weight[torch.tensor(ids, device=weight.device)].float()
+    weight = cast(torch.Tensor, embeddings.weight)  # an adapter around it may have it from elsewhere
+    return weight.detach()[torch.tensor(ids, device=weight.device)].float()
 
 
 def _features(base: Base, block: int, texts: Sequence[EncodedText], slots: int) -> torch.Tensor:
