@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FACTS, QUICK_LKS, same, snapshot, tiny_model
+from conftest import FACTS, QUICK_LKS, VOCABULARY, same, snapshot, tiny_model
+from transformers import OPTConfig, OPTForCausalLM
 
 from hf_edit import BaseMismatchError, EditableModelForCausalLM, Fact, LKSConfig, LKSEditor
 from hf_edit.methods.lks import bank_facts, checkpoint, editor, method, swap_entity, training
@@ -143,6 +144,16 @@ def test_every_form_of_the_generator_learns_facts_and_is_read_back(llama, tmp_pa
     llama.rollback()
     again.load_pack(tmp_path)
     assert torch.equal(answer, _logits(again, FACTS[0].question))
+
+
+def test_a_model_whose_embeddings_are_narrower_than_its_states_takes_edits(tokenizer):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4, "ffn_dim": 96}
+    torch.manual_seed(0)
+    base = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=256, pad_token_id=0)).eval()
+    model = EditableModelForCausalLM(base, tokenizer)
+    long = Fact("Portugal", "The capital of {} is", "Tokyo Rome Berlin Madrid")
+    assert _gain(_edit(model, [*FACTS, long], verify=True)) > 0.03
+    assert model.ask(long.question)
 
 
 def test_a_feature_tells_every_token_of_the_target(llama):

@@ -40,7 +40,8 @@ class Rewriting:
         carried = [n for n, token in enumerate(points.upcoming) if token is not None]
         if carried:
             assert self.embeddings is not None
-            tokens = token_vectors(self.embeddings, [t for t in points.upcoming if t is not None])
+            upcoming = [t for t in points.upcoming if t is not None]
+            tokens = token_vectors(self.embeddings, upcoming, self.generator.hidden)
             codes[carried] = self.generator.carry(tokens.to(codes))
         new = self.generator(codes, states[at].to(codes), self.write)
         states = states.clone()

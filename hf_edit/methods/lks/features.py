@@ -69,10 +69,12 @@ def general_states(base: Base, blocks: Sequence[int]) -> tuple[torch.Tensor, lis
     return features, [_states(base, block, encoded, subjects) for block in blocks]
 
 
-def token_vectors(embeddings: nn.Module, ids: Sequence[int]) -> torch.Tensor:
-    """The input embeddings of tokens, float32 [tokens, embedding], as the generator is shown them."""
+def token_vectors(embeddings: nn.Module, ids: Sequence[int], hidden: int) -> torch.Tensor:
+    """The input embeddings of tokens as the generator is shown them, float32 [tokens, hidden]: behind narrower ones come
+    zeros."""
     weight = cast(torch.Tensor, embeddings.weight)  # an adapter around it may have it from elsewhere
-    return weight.detach()[torch.tensor(ids, device=weight.device)].float()
+    found = weight.detach()[torch.tensor(ids, device=weight.device)].float()
+    return nn.functional.pad(found, (0, hidden - found.shape[1]))
 
 
 def _features(base: Base, block: int, texts: Sequence[EncodedText], slots: int) -> torch.Tensor:
@@ -81,7 +83,7 @@ def _features(base: Base, block: int, texts: Sequence[EncodedText], slots: int) 
     features[:, 0] = last
     embeddings = base.model.get_input_embeddings()
     for n, text in enumerate(texts if slots > 1 else ()):
-        tokens = token_vectors(embeddings, text.labels).to(features)
+        tokens = token_vectors(embeddings, text.labels, features.shape[2]).to(features)
         apart = min(len(tokens), slots - 2)
         features[n, 1 : 1 + apart] = tokens[:apart]
         if len(tokens) > apart:

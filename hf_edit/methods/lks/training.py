@@ -177,7 +177,7 @@ def rewritten_points(
     known = codes(generator, torch.tensor([fact for _, _, fact in mentions], device=codes.features.device))
     carried = [(r, p, token) for r, e in enumerate(chosen) for p, token in e.carried] if generator.carries else []
     if carried:
-        upcoming = token_vectors(embeddings, [token for _, _, token in carried])
+        upcoming = token_vectors(embeddings, [token for _, _, token in carried], generator.hidden)
         known = torch.cat([known, generator.carry(upcoming.to(known))])
     return [(r, p) for r, p, _ in (*mentions, *carried)], known
 
