@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import FACTS, same
+from conftest import FACTS, interrupted, same
 
 import hf_edit.methods
 from hf_edit import EditableModelForCausalLM, EditPack
@@ -332,14 +332,6 @@ class _Given(Steam):
         return Fit(self._fit.tensors, self._fit.modules, tuple(facts))
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background, which begins with ignoring it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_an_edit_interrupted_anywhere_leaves_the_model_as_it_was(world, two, monkeypatch):
     model = world.model
@@ -352,33 +344,12 @@ def test_an_edit_interrupted_anywhere_leaves_the_model_as_it_was(world, two, mon
     folder = Path(hf_edit.__file__).parent
     watched = {str(folder / name) for name in ("model.py", "restore.py", "weights/attach.py")} | {__file__}
 
-    def edit(at):
-        """Edit, with Ctrl-C at the n-th line; whether it came to that."""
-        lines = 0
-
-        def trace(frame, event, _):
-            nonlocal lines
-            if frame.f_code.co_filename not in watched:
-                return None
-            if event == "line":
-                lines += 1
-                if lines == at:
-                    signal.raise_signal(signal.SIGINT)
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            model.edit(FACTS, "given", pack_name="b", verify=False, progress=False)
-            return False
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.settrace(before)
+    def edit():
+        model.edit(FACTS, "given", pack_name="b", verify=False, progress=False)
 
     # interrupts in the middle of what must be done whole come when it is done
     points = 0
-    while edit(1 + 13 * points):
+    while interrupted(edit, watched, 1 + 13 * points):
         points += 1
         assert same(edited, model.base_model), points
         assert model.active_packs == ["a"]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FACTS, POST_NORM, QUICK_STEAM, same, snapshot, tiny_model
+from conftest import FACTS, POST_NORM, QUICK_STEAM, interrupted, same, snapshot, tiny_model
 
 import hf_edit
 from hf_edit import EditableModelForCausalLM, EditPack, Fact
@@ -268,14 +266,6 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(make, monkeypatch):
     assert same(edited, model.base_model)
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background, which begins with ignoring it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("given_values", "interruptible")
 def test_a_removal_interrupted_anywhere_leaves_the_model_as_it_was(make):
     model = make()
@@ -286,32 +276,8 @@ def test_a_removal_interrupted_anywhere_leaves_the_model_as_it_was(make):
     names = ("model.py", "restore.py", "weights/attach.py", "methods/steam/again.py", "methods/steam/job.py")
     watched = {str(folder / name) for name in names}
 
-    def remove(at):
-        """Remove, with Ctrl-C at the n-th line; whether it came to that."""
-        lines = 0
-
-        def trace(frame, event, _):
-            nonlocal lines
-            if frame.f_code.co_filename not in watched:
-                return None
-            if event == "line":
-                lines += 1
-                if lines == at:
-                    signal.raise_signal(signal.SIGINT)
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            model.remove_edits(_ids(MORE[0]))
-            return False
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.settrace(before)
-
     points = 0
-    while remove(1 + 47 * points):
+    while interrupted(lambda: model.remove_edits(_ids(MORE[0])), watched, 1 + 47 * points):
         points += 1
         if model.packs != packs:  # it came when all was done
             break
