@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -27,9 +29,9 @@ from .health import COLLAPSE, Health
 from .hub import PushToHub, Snapshot, check_base_of, fetch
 from .methods import EditConfig, get_method
 from .methods.base import Attachment
-from .pack import CONFIG_FILE, HUB_FILES, EditPack, check_name, describe_base, save_packs, versions
+from .pack import CONFIG_FILE, HUB_FILES, EditPack, check_name, describe_base, save_packs, subpacks, versions
 from .report import EditReport, EvalReport, FactResult
-from .restore import Untouched, uninterrupted
+from .restore import Turns, Untouched, uninterrupted
 from .storage import located
 
 if TYPE_CHECKING:
@@ -41,12 +43,28 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_TOKENS = 16
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _one_at_a_time(method: F) -> F:
+    """For what changes which edits are active: other threads' changes wait until it is done."""
+
+    @functools.wraps(method)
+    def run(self: EditableModelForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        with self._turns.change():
+            return method(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
 
 class EditableModelForCausalLM(PushToHub, nn.Module):
     """A causal language model that can be edited; everything it does not define itself is the base model's.
 
     The base model is changed in place while edits are in force (its class and its state dict's keys stay as they are)
     and is bit for bit as before after `rollback` or `unload`.
+
+    Several threads may edit, load, disable and roll back: their changes happen one after the other. What is active is the
+    same for all threads.
 
     Args:
         base_model: a causal language model of transformers.
@@ -75,6 +93,8 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         self._packs: dict[str, EditPack] = {}
         self._active: tuple[str, ...] = ()
         self._attached: list[Attachment] = []
+        self._turns = Turns()
+        self._resting: tuple[str, ...] = ()  # packs of a `disable_edits` that ended before another thread's
         self._health: Health | None = None
         self._measured: list[tuple[dict[str, EditPack], EditReport | EvalReport]] = []  # for model cards
 
@@ -129,7 +149,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             check_base_of(pack.base, at)
         if not packs:
             if base_model is not None:
-                raise FileNotFoundError(f"{at.name} holds no edit pack, so there is nothing to put on base_model")
+                raise PackFormatError(f"{at.name} holds no edit pack (no {CONFIG_FILE}): there is nothing to put on base_model")
             _check_model(at, base_model_kwargs)
             base: Any = at
         elif base_model is None:
@@ -207,6 +227,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
 
     # --- editing ------------------------------------------------------------------------------------------------------
 
+    @_one_at_a_time
     def edit(
         self,
         facts: Any,
@@ -436,6 +457,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         """The names of the packs in force, in the order in which they were put on."""
         return list(self._active)
 
+    @_one_at_a_time
     def load_pack(
         self,
         pack_or_id: EditPack | str | os.PathLike[str],
@@ -530,6 +552,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             how.validate(fit, pack.config, self._base)
         return replace(pack, fit=fit)
 
+    @_one_at_a_time
     def set_packs(self, names: str | Sequence[str]) -> None:
         """Put just these packs in force, in this order.
 
@@ -543,6 +566,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             facts += self._pack(name).facts
         self._put(self._packs, chosen)
 
+    @_one_at_a_time
     def delete_pack(self, name: str) -> None:
         """Take a pack out of force and forget it.
 
@@ -558,6 +582,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         """The facts in force, pack by pack."""
         return [fact for name in self._active for fact in self._packs[name].facts]
 
+    @_one_at_a_time
     def remove_edits(self, ids: str | Sequence[str], *, progress: bool = True) -> None:
         """Take single facts out of force, without training; a pack left empty is deleted. What is left of it is what the same
         values make where those facts never were.
@@ -579,22 +604,42 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             raise KeyError(f"no fact in force has the id {sorted(missing)[0]!r}; see model.list_edits()")
         self._put(*self._without([fact for fact in self.list_edits() if str(fact.id) in wanted], progress))
 
+    @_one_at_a_time
     def rollback(self) -> None:
         """Back to the clean base model, bit for bit; all packs are forgotten."""
         self._put({}, ())
 
     @contextmanager
     def disable_edits(self) -> Iterator[None]:
-        """The clean base model inside the context; nothing is subtracted, the original weights are put back."""
-        names = self._active
+        """The clean base model inside the context; nothing is subtracted, the original weights are put back.
+
+        The context acts on all threads. Where several are in one at once, the edits return when the last of them leaves.
+        Changes by other threads wait until then.
+        """
+        names: tuple[str, ...] | None = None
         try:
-            self._put(self._packs, ())
+            with self._turns.lock, uninterrupted():
+                before = self._active
+                self._put(self._packs, ())
+                self._turns.clean.append(threading.get_ident())
+                names = before
             yield
         finally:
-            kept = [name for name in names if name in self._packs]
-            self._put(
-                self._packs, (*kept, *(name for name in self._active if name not in kept))
-            )  # what was put on inside stays
+            if names is not None:
+                with self._turns.lock, uninterrupted():
+                    self._turns.done()
+                    self._enable(names)
+
+    def _enable(self, names: tuple[str, ...]) -> None:
+        """Put packs in force again, beneath what was put on meanwhile; or leave it to the threads that still need them off."""
+        nested = threading.get_ident() in self._turns.clean
+        if self._turns.clean and not nested:
+            self._resting += names
+            return
+        if not nested:
+            names, self._resting = (*self._resting, *names), ()
+        kept = [name for name in dict.fromkeys(names) if name in self._packs]
+        self._put(self._packs, (*kept, *(name for name in self._active if name not in kept)))
 
     def _pack(self, name: str) -> EditPack:
         if name not in self._packs:
@@ -646,6 +691,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         self.rollback()
         return self.base_model
 
+    @_one_at_a_time
     def merge_and_unload(self) -> Any:
         """The base model with the edits written into its weights for good.
 
@@ -674,11 +720,13 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         """The base model's generate, with the edits in force."""
         return self.base_model.generate(*args, **kwargs)
 
+    @_one_at_a_time
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`to`, `half`, `cuda` and the like: edits are taken off, so that they move the originals, and put on again."""
         with self.disable_edits():
             return super()._apply(fn, recurse)
 
+    @_one_at_a_time
     def __deepcopy__(self, memo: dict[int, Any]) -> EditableModelForCausalLM:
         """A model of its own, with the same packs in force."""
         with self.disable_edits():
@@ -720,7 +768,7 @@ def packs_in(folder: Path, pack_name: str = "default") -> dict[str, EditPack]:
         raise PackFormatError(f"{folder} has no {CONFIG_FILE}: the pack is incomplete, save or download it again")
     if not packs and (folder / "config.json").exists():
         return {}  # a model; packs that happen to lie below it were not asked for
-    for child in sorted(p for p in folder.iterdir() if not p.name.startswith(".") and located(p, CONFIG_FILE).exists()):
+    for child in subpacks(folder):
         if child.is_symlink():
             raise PackSecurityError(f"{child} is a link; a pack reads its own files only. Load that pack by its own name")
         if child.name in packs:
@@ -747,13 +795,15 @@ def _results(
 
 
 def _check_model(at: Snapshot, base_model_kwargs: Mapping[str, Any]) -> None:
-    """Say what a repo is not, where it is neither a pack nor a model."""
-    elsewhere = {"gguf_file", "subfolder"} & set(base_model_kwargs)
-    if at.repo_id is not None and not elsewhere and not (at.folder / "config.json").exists():
-        raise HubError(
-            f"{at.name} holds neither an edit pack (edit_config.json) nor a model (config.json); if you work offline, the "
-            "cache may have a part of it only"
-        )
+    """Say what a repo or folder is not, where it is neither a pack nor a model."""
+    elsewhere = {"gguf_file", "subfolder", "config"} & set(base_model_kwargs)
+    if elsewhere or (at.folder / "config.json").exists():
+        return
+    neither = f"{at.name} holds neither an edit pack (edit_config.json) nor a model (config.json)"
+    if at.repo_id is not None:
+        raise HubError(f"{neither}; if you work offline, the cache may have a part of it only")
+    if not (at.folder / "adapter_config.json").exists():  # transformers loads an adapter with the base that it names
+        raise PackFormatError(neither)
 
 
 def _named_base(at: Snapshot, packs: Mapping[str, EditPack], revision: str | None, hub: Mapping[str, Any]) -> Snapshot:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Untouched", "uninterrupted"]
+__all__ = ["Turns", "Untouched", "uninterrupted"]
 
 _HOOKS = (
     "_forward_hooks",
@@ -36,6 +36,35 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
         if waiting:
             signal.raise_signal(signal.SIGINT)
+
+
+class Turns:
+    """One change at a time of what is active on a model, and none while another thread needs the model without edits.
+
+    Attributes:
+        lock: held for every change; the thread that holds it may take it again.
+        clean: the threads that need the model without edits, once for each time.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.clean: list[int] = []
+        self._free = threading.Condition(self.lock)
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """Wait for the other threads, then hold the lock."""
+        me = threading.get_ident()
+        with self.lock:
+            # who needs the model clean as well does not wait: two such threads would wait for each other
+            while self.clean and me not in self.clean:
+                self._free.wait()
+            yield
+
+    def done(self) -> None:
+        """This thread needs the clean model once less; call it with the lock held."""
+        self.clean.remove(threading.get_ident())
+        self._free.notify_all()
 
 
 class Untouched:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
+import threading
 
 import pytest
 import torch
@@ -313,6 +315,134 @@ def test_what_is_edited_while_edits_are_disabled_stays_in_force(llama):
     with llama.disable_edits():
         _edit(llama, FACTS[1:2], pack_name="new")
     assert llama.active_packs == ["default", "new"]
+
+
+@pytest.fixture
+def switching():
+    """Threads that are switched between as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def _together(*actions):
+    """Run each in a thread of its own; what they raised."""
+    errors = []
+
+    def run(action):
+        try:
+            action()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(action,), daemon=True) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), "the threads wait for each other"
+    return errors
+
+
+@pytest.mark.usefixtures("switching")
+def test_threads_that_disable_edits_at_once_leave_them_as_they_were(llama):
+    clean = snapshot(llama.base_model)
+    _edit(llama)
+    edited = snapshot(llama.base_model)
+
+    def disable():
+        for _ in range(25):
+            with llama.disable_edits():
+                assert same(clean, llama.base_model)
+
+    assert _together(*[disable] * 4) == []
+    assert llama.active_packs == ["default"]
+    assert same(edited, llama.base_model)
+    llama.rollback()
+    assert same(clean, llama.base_model)
+
+
+@pytest.mark.usefixtures("switching")
+def test_nothing_that_threads_change_at_once_is_lost(llama):
+    clean = snapshot(llama.base_model)
+    packs = []
+    for i, fact in enumerate(FACTS):
+        _edit(llama, fact, pack_name=str(i), method="memit")
+        packs.append(llama.packs[str(i)])
+        llama.rollback()
+
+    def load(i):
+        llama.load_pack(packs[i], f"{i}-twice")
+        llama.delete_pack(f"{i}-twice")
+        with llama.disable_edits():
+            pass
+        llama.load_pack(packs[i], str(i))
+
+    assert _together(*[lambda i=i: load(i) for i in range(4)]) == []
+    assert sorted(llama.active_packs) == sorted(llama.packs) == ["0", "1", "2", "3"]
+    for name in ("2", "0", "3", "1"):
+        llama.delete_pack(name)
+    assert same(clean, llama.base_model)
+
+
+def test_a_change_waits_for_threads_that_need_the_model_clean(llama):
+    _edit(llama, FACTS[0], method="memit")
+    pack = llama.packs["default"]
+    llama.rollback()
+    seen, inside, loaded = [], threading.Event(), threading.Event()
+
+    def look():
+        with llama.disable_edits():
+            inside.set()
+            loaded.wait(0.3)
+            seen.append((loaded.is_set(), llama.active_packs))
+
+    def load():
+        inside.wait()
+        llama.load_pack(pack, "late")
+        loaded.set()
+
+    assert _together(look, load) == []
+    assert seen == [(False, [])]
+    assert llama.active_packs == ["late"]
+
+
+def test_edits_return_when_the_last_thread_needs_the_model_no_more_clean(llama):
+    _edit(llama)
+    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+    seen = []
+
+    def first():
+        with llama.disable_edits():
+            first_in.set()
+            second_in.wait()
+        first_out.set()
+
+    def second():
+        first_in.wait()
+        with llama.disable_edits():
+            second_in.set()
+            first_out.wait()
+            with llama.disable_edits():
+                pass
+            seen.append(llama.active_packs)
+
+    assert _together(first, second) == []
+    assert seen == [[]]
+    assert llama.active_packs == ["default"]
+
+
+def test_threads_that_edit_while_they_have_edits_disabled_do_not_wait_for_each_other(llama):
+    both = threading.Barrier(2)
+
+    def edit(i):
+        with llama.disable_edits():
+            both.wait()
+            _edit(llama, FACTS[i], pack_name=str(i), method="memit")
+
+    assert _together(lambda: edit(0), lambda: edit(1)) == []
+    assert sorted(llama.active_packs) == ["0", "1"]
 
 
 def test_editing_works_where_gradients_are_off(llama):
