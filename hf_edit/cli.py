@@ -227,7 +227,8 @@ def _inspect(options: argparse.Namespace) -> None:
     at = f" at {found['base_model_revision'][:8]}" if found["base_model_revision"] else ""
     head = f"{found['num_facts']} facts by {found['method']} for {base}{at}, {found['bytes'] / 1e6:.2f} MB"
     tensors = [f"  {name}  {tensor['dtype']} {tensor['shape']}" for name, tensor in found["tensors"].items()]
-    _print(options, dict(sorted(found.items())), "\n".join([head, *tensors]))
+    others = [f"also there, and loaded along: {name} (see --pack-name {name})" for name in found["other_packs"]]
+    _print(options, dict(sorted(found.items())), "\n".join([head, *tensors, *others]))
 
 
 def _merge(options: argparse.Namespace) -> None:

@@ -154,6 +154,7 @@ def fetch(
             name,
             revision=sha,
             allow_patterns=list(patterns),
+            ignore_patterns=[".*", "*/.*"],  # patterns match across "/", and nothing of ours lies in a dot folder
             cache_dir=None if cache_dir is None else str(cache_dir),
             token=token,
             force_download=force_download,

@@ -31,7 +31,7 @@ from .methods import EditConfig, Fit, get_method
 from .storage import file_digest, located, read_bytes, read_start, read_whole, replacing, write_tensors
 from .strict import TensorFile, check_values, json_digest, parse_config, parse_json, read_tensors
 
-__all__ = ["CONFIG_FILE", "EditPack", "check_name", "save_packs"]
+__all__ = ["CARD_FILE", "CONFIG_FILE", "EditPack", "check_name", "save_packs", "subpacks"]
 
 logger = logging.getLogger(__name__)
 
@@ -312,20 +312,22 @@ class EditPack(PushToHub):
         force_download: bool = False,
         local_files_only: bool = False,
     ) -> dict[str, Any]:
-        """The checked contents of a pack's `edit_config.json`, and its tensors' names, types and shapes; reads no tensor,
-        and downloads none.
+        """The checked contents of a pack's `edit_config.json`, its tensors' names, types and shapes, and the names of the other
+        packs there (`other_packs`), which `EditableModelForCausalLM.from_pretrained` loads along with it. Reads no tensor, and
+        downloads none.
 
         Args:
             pack_or_id: as for `from_pretrained`, as are the others.
 
         Raises:
-            FileNotFoundError: no pack there.
+            FileNotFoundError: there is no such folder.
             HubError: the repo is missing, gated, or out of reach.
-            PackFormatError: it is damaged, or of a format that this version does not read.
+            PackFormatError: there is no pack (no `edit_config.json`), or it is damaged or of a format that this version does
+                not read.
         """
         at = fetch(
             pack_or_id,
-            [_in_repo(pack_name, CONFIG_FILE)],
+            [CONFIG_FILE, f"*/{CONFIG_FILE}"],
             revision=revision,
             cache_dir=cache_dir,
             token=token,
@@ -334,7 +336,8 @@ class EditPack(PushToHub):
         )
         _check_there(at, pack_name)
         folder = _below(at.folder, pack_name)
-        config = _read_config(folder)
+        others = {"other_packs": [name for name in pack_names(at.folder) if name != pack_name]}
+        config = {**_read_config(folder), **others}
         origin = {} if at.repo_id is None else {"repo_id": at.repo_id, "revision": at.revision}
         if at.repo_id is not None and not located(folder, TENSORS_FILE).exists():
             tensors, size = safetensors_header(at, _in_repo(pack_name, TENSORS_FILE), token)
@@ -368,9 +371,10 @@ class EditPack(PushToHub):
             cache_dir, token, force_download, local_files_only: as everywhere with the Hub.
 
         Raises:
-            FileNotFoundError: no pack there.
+            FileNotFoundError: there is no such folder.
             HubError: the repo is missing, gated, or out of reach.
-            PackFormatError: a file is missing, damaged, changed since it was written, or of a newer format.
+            PackFormatError: a file (`edit_config.json` in a folder without a pack) is missing, damaged, changed since it was
+                written, or of a newer format.
             PackSecurityError: the pack asks for what no pack may ask for: a file outside of its folder; from the Hub, a base
                 that is not there.
         """
@@ -439,8 +443,19 @@ def _check_there(at: Snapshot, pack_name: str) -> None:
     missing = f"{at.name} holds no edit pack" + ("" if pack_name == "default" else f" {pack_name!r}")
     if at.repo_id is not None:
         raise HubError(f"{missing}: there is no {_in_repo(pack_name, CONFIG_FILE)}")
-    named = sorted(p.name for p in at.folder.iterdir() if located(p, CONFIG_FILE).exists())
-    raise FileNotFoundError(f"{missing}; there are: {', '.join(named) or 'none'}")
+    raise PackFormatError(f"{missing}; there are: {', '.join(pack_names(at.folder)) or 'none'}")
+
+
+def pack_names(folder: Path) -> list[str]:
+    """The names of the packs in a local folder: "default" for its own, then those of its subfolders, whose names never begin
+    with a dot."""
+    return ["default"] * located(folder, CONFIG_FILE).exists() + [path.name for path in subpacks(folder)]
+
+
+def subpacks(folder: Path) -> list[Path]:
+    """The subfolders that hold a pack, by name."""
+    below = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in below if located(path, CONFIG_FILE).exists())
 
 
 _BASE_KEYS = (
@@ -499,7 +514,7 @@ def _read(folder: Path, name: str, limit: int) -> bytearray:
             raise PackFormatError(f"{error}: the pack is incomplete") from error
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder}") from error
-        raise FileNotFoundError(f"{error}: it holds no edit pack, or an incomplete one") from error
+        raise PackFormatError(f"{error}: it holds no edit pack, or an incomplete one") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from .hub import PushToHub, fetch
 from .layout import weight_shape
 from .moments import Moment, folded
 from .progress import bar
+from .storage import own_file
 from .suffix import frozen, read_keys_and_states
 from .texts import STARTERS, sample_ids
 
@@ -241,6 +242,7 @@ class KeyStatistics(PushToHub):
             FileNotFoundError: the folder holds no statistics.
             HubError: the repo is missing, gated, out of reach, or holds none.
             PackFormatError: they are damaged, or of a newer format.
+            PackSecurityError: a file of them is a link to somewhere else.
             BaseMismatchError: they belong to another model.
         """
         at = fetch(
@@ -256,14 +258,14 @@ class KeyStatistics(PushToHub):
         if at.repo_id is not None and not (folder / _CONFIG_FILE).exists():
             raise HubError(f"{at.name} holds no key statistics: there is no {_CONFIG_FILE}")
         config = _read_config(folder / _CONFIG_FILE)
-        path = folder / _TENSORS_FILE
         try:
+            path = own_file(folder / _TENSORS_FILE, folder)
             with safe_open(path, "pt") as file:
                 written, names = (file.metadata() or {}).get("modules"), set(file.keys())
         except (SafetensorError, OSError) as error:
-            raise PackFormatError(f"{path} can't be read: {error}") from error
+            raise PackFormatError(f"{folder / _TENSORS_FILE} can't be read: {error}") from error
         if written != json.dumps(config["modules"], sort_keys=True) or names != set(config["modules"]):
-            raise PackFormatError(f"{folder / _CONFIG_FILE} and {path.name} were not written together: get both again")
+            raise PackFormatError(f"{folder / _CONFIG_FILE} and {_TENSORS_FILE} were not written together: get both again")
         if fingerprint is not None and config["fingerprint"] != fingerprint:
             raise BaseMismatchError(
                 f"{folder} holds the statistics of another model (fingerprint {config['fingerprint']}, not "
@@ -582,8 +584,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     """The checked contents of a `key_statistics.json`."""
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} holds no key statistics (there is no {path.name}), or incomplete ones")
+    own = own_file(path, path.parent)
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = json.loads(own.read_text("utf-8"))
     except ValueError as error:
         raise PackFormatError(f"{path} is not valid JSON: {error}") from error
     version = config.get("format_version") if isinstance(config, dict) else None

@@ -1,25 +1,33 @@
 """A pack's files on disk: opened so that nothing outside the pack is read, replaced so that a folder holds one pack, whole.
 
-A save writes all files into a folder beside the old ones (`.saving-...`), and takes effect in one step: that folder is
-renamed to `.incoming`. From then on its files count before those of the same name in the pack's own folder, into which they
-are moved one by one. So whoever reads finds the old pack before that step and the new one after it, wherever the save may
-have been cut off; the next save finishes what a cut-off one left, whichever of several writers it is. Several packs of a
-folder take effect in the same step: the folder that is renamed holds one for each of them.
+A save writes all files into a folder beside the old ones (`.saving-...`) and takes effect in one step: that folder is
+renamed to `.incoming-...`. From then on its files count before those of the same name in the pack's own folder, and they are
+moved there one by one. A reader finds the old pack before that step and the new one after it, wherever the save was cut off.
+The next save finishes what a cut-off one left, whichever of several writers it is. Several packs of a folder take effect in
+the same step: the renamed folder holds one subfolder for each.
+
+The name after `.incoming-` is a keyed hash of the folder's path, and the key never leaves the user's cache. So a folder that
+came from elsewhere can't contain files that count before the ones in plain sight, and nothing but our own saves is ever moved.
+To anyone without the key (another user, or a machine with another cache) a save that is under way is a pack whose hashes
+don't match: it is refused, never half read.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import hmac
 import io
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,15 +35,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .cache import sort_header
+from .cache import cache_folder, sort_header
 from .errors import PackFormatError, PackSecurityError
 
-__all__ = ["file_digest", "located", "read_bytes", "read_start", "read_whole", "replacing", "write_tensors"]
+__all__ = ["file_digest", "located", "own_file", "read_bytes", "read_start", "read_whole", "replacing", "write_tensors"]
 
 T = TypeVar("T")
 
-_INCOMING = ".incoming"
+_INCOMING = ".incoming-"
 _SAVING = ".saving-"
+_KEY_BYTES = 32
 _MAX_HEADER = 1 << 24
 _ABANDONED = 3600.0  # seconds after which what a killed save left behind is swept away
 _ATTEMPTS = 5  # at reading what another process saves again and again
@@ -45,16 +54,54 @@ _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)  # what renaming onto 
 def located(folder: Path, name: str) -> Path:
     """Where a pack's file stands, whether or not it exists: a finished save's before the folder's own, be it a save of this
     pack or of several in the folder above."""
-    for incoming in (folder / _INCOMING / name, _from_above(folder) / name):
+    for incoming in (_incoming(folder) / name, _from_above(folder) / name):
         if os.path.lexists(incoming):
             return incoming
     return folder / name
 
 
+def _incoming(folder: Path) -> Path:
+    """Where a finished save has a folder's files, until they are put in place."""
+    path = os.fsencode(os.path.realpath(folder))
+    return folder / (_INCOMING + hmac.digest(_key(_key_file()), path, "sha256").hex()[:32])
+
+
+def _key_file() -> Path | None:
+    try:
+        return cache_folder() / "save_key"
+    except OSError:
+        return None
+
+
+@lru_cache
+def _key(path: Path | None) -> bytes:
+    """This user's key, made where there is none. Without a cache to keep it in, it lives as long as the process."""
+    made = secrets.token_bytes(_KEY_BYTES)
+    if path is None:
+        return made
+    try:
+        if not _is_key(path):
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                new = Path(folder) / path.name
+                new.touch(0o600)
+                new.write_bytes(made)
+                with suppress(FileExistsError):
+                    os.link(new, path)  # of several processes that make one, the first wins
+                if not _is_key(path):
+                    os.replace(new, path)
+        return path.read_bytes()
+    except OSError:
+        return made
+
+
+def _is_key(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == _KEY_BYTES
+
+
 def _from_above(folder: Path) -> Path:
     """Where a finished save of several packs has a folder's files, until they are put in place."""
     folder = Path(os.path.abspath(folder))  # the link to a folder stands where its name does
-    return folder.parent / _INCOMING / folder.name
+    return _incoming(folder.parent) / folder.name
 
 
 def read_whole(folder: Path, config: str, read: Callable[[], T]) -> T:
@@ -140,8 +187,14 @@ def _take(file: io.FileIO, count: int, path: Path) -> bytearray:
     return data
 
 
-def _open(path: Path, folder: Path) -> int:
-    """A descriptor of a file of the pack; never waits, as opening a FIFO would."""
+def own_file(path: Path, folder: Path) -> Path:
+    """The file that a path in a folder stands for, which is one of the folder's own.
+
+    Raises:
+        FileNotFoundError: there is none.
+        PackFormatError: it is a link to nothing.
+        PackSecurityError: it is a link out of the folder.
+    """
     if not os.path.lexists(path):
         raise FileNotFoundError(f"{folder} has no {path.name}")
     try:
@@ -150,6 +203,12 @@ def _open(path: Path, folder: Path) -> int:
         raise PackFormatError(f"{path} is a link to nothing: {error}") from error
     if not (real.is_relative_to(home) or _is_blob(real, home)):
         raise PackSecurityError(f"{path} is a link out of the pack, to {real}; a pack reads its own files only")
+    return real
+
+
+def _open(path: Path, folder: Path) -> int:
+    """A descriptor of a file of the pack; never waits, as opening a FIFO would."""
+    real = own_file(path, folder)
     flags = os.O_RDONLY
     for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"):
         flags |= getattr(os, name, 0)
@@ -264,18 +323,18 @@ def _commit(staging: Path, folder: Path) -> None:
         _put_in_place(folder.parent)  # an earlier save of several packs, which would come after this one otherwise
     while True:
         try:
-            os.rename(staging, folder / _INCOMING)
+            os.rename(staging, _incoming(folder))
             return
         except OSError as error:
-            if error.errno not in _OCCUPIED or not (folder / _INCOMING).is_dir():
+            if error.errno not in _OCCUPIED or not _incoming(folder).is_dir():
                 raise
         if not _put_in_place(folder):
-            raise PermissionError(f"{folder / _INCOMING} is left from another save and can't be moved away")
+            raise PermissionError(f"{_incoming(folder)} is left from another save and can't be moved away")
 
 
 def _put_in_place(folder: Path) -> bool:
     """Move a finished save's files to where they belong; another writer may be doing the same. Whether something moved."""
-    return _move(folder / _INCOMING, folder)
+    return _move(_incoming(folder), folder)
 
 
 def _move(incoming: Path, folder: Path) -> bool:

@@ -142,6 +142,16 @@ def test_a_pack_is_pushed_with_its_card_and_inspected_on_the_hub(pack, hub, caps
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_pushing_a_folder_whose_card_is_a_link_uploads_nothing(pack, hub, tmp_path, capsys):
+    (tmp_path / "token").write_text("hf_secret")
+    (pack / "README.md").unlink()
+    (pack / "README.md").symlink_to(tmp_path / "token")
+    assert _run("push", pack, "me/lyon") == 1
+    assert "README.md is a link out of the pack" in capsys.readouterr().err
+    assert "me/lyon" not in hub.repos
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 def test_pushing_to_others_and_from_nowhere_is_told(pack, hub, tmp_path, capsys):
     hub.add("you/lyon", {"README.md": b"yours"})
     assert _run("push", pack, "you/lyon") == 1

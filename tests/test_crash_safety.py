@@ -16,7 +16,8 @@ import pytest
 from conftest import FACTS, interrupted, same
 
 import hf_edit.methods
-from hf_edit import EditableModelForCausalLM, EditPack
+import hf_edit.storage
+from hf_edit import EditableModelForCausalLM, EditPack, PackFormatError
 from hf_edit.methods import Fit
 from hf_edit.methods.steam import SteamConfig
 from hf_edit.methods.steam.method import Steam
@@ -109,7 +110,7 @@ for how, save, version in ways:
                 assert version() == was
             save(old, new)
             assert version() == "old"
-            assert not [*work.rglob(".incoming")]
+            assert not [*work.rglob(".incoming*")]
     found[how + " " + save.__name__] = seen
 
 shutil.rmtree(work)
@@ -175,8 +176,7 @@ def test_several_packs_take_effect_together(world, two, tmp_path, monkeypatch):
 
     def watched(step):
         def run(*arguments, **named):
-            as_it_is = shutil.copytree(tmp_path / "packs", tmp_path / str(len(seen)))
-            seen.append(_version(as_it_is, two))
+            seen.append(_version(tmp_path / "packs", two))
             return step(*arguments, **named)
 
         return run
@@ -270,6 +270,59 @@ def test_saving_over_the_pack_that_was_loaded_from_there(world, two, tmp_path):
     assert EditPack.from_pretrained(tmp_path / "pack").digest == world.model.packs["default"].digest
     assert set(os.listdir(tmp_path / "pack")) == FILES
     world.model.rollback()
+
+
+def test_a_save_under_way_is_never_half_read_by_another_user(world, two, tmp_path, monkeypatch):
+    """Whose cache does not hold the key that the save is named by."""
+    _, new = _of_two_packs(world, two, tmp_path / "packs")
+    digests, seen = {pack.digest for pack in two}, []
+
+    def watched(replace):
+        def run(*arguments):
+            with monkeypatch.context() as patch:
+                patch.setattr(hf_edit.storage, "_key", lambda _: b"another")
+                for name in ("default", "more"):
+                    try:
+                        seen.append(EditPack.from_pretrained(tmp_path / "packs", pack_name=name).digest)
+                    except PackFormatError as error:
+                        seen.append("refused" if "hash differs" in str(error) else str(error))
+            return replace(*arguments)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", watched(Path.replace))
+        new.save_pretrained(tmp_path / "packs")
+    assert set(seen) == {*digests, "refused"}
+
+
+@pytest.mark.parametrize("damage", ["none", "short", "folder"])
+def test_the_key_of_saves_is_kept_in_the_cache_and_made_anew_when_damaged(two, tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("HF_EDIT_CACHE", str(tmp_path / "cache"))
+    hf_edit.storage._key.cache_clear()
+    two[0].save_pretrained(tmp_path / "pack")
+    kept = tmp_path / "cache" / "save_key"
+    key = kept.read_bytes()
+    assert len(key) == 32
+    assert kept.stat().st_mode & 0o777 == 0o600
+    if damage != "none":
+        kept.unlink()
+        kept.mkdir() if damage == "folder" else kept.write_bytes(b"")
+    hf_edit.storage._key.cache_clear()
+    two[1].save_pretrained(tmp_path / "pack")
+    assert EditPack.from_pretrained(tmp_path / "pack") == two[1]
+    assert set(os.listdir(tmp_path / "pack")) == FILES
+    if damage != "folder":
+        assert (kept.read_bytes() == key) == (damage == "none")
+    hf_edit.storage._key.cache_clear()
+
+
+def test_a_save_needs_no_cache(two, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way of the cache")
+    monkeypatch.setenv("HF_EDIT_CACHE", str(tmp_path / "file" / "cache"))
+    for pack in two:
+        pack.save_pretrained(tmp_path / "pack")
+        assert EditPack.from_pretrained(tmp_path / "pack") == pack
 
 
 def test_tensors_do_not_change_when_the_file_they_came_from_does(two, tmp_path):

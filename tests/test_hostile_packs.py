@@ -25,6 +25,7 @@ from hf_edit import (
     PackFormatError,
     PackSecurityError,
 )
+from hf_edit.share import PackFolder
 
 NAMES = ("edit_config.json", "edits.safetensors", "facts.jsonl")
 
@@ -51,7 +52,67 @@ def test_a_pack_that_nobody_touched_loads(world, pack):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_file(world, pack, name):
     (pack / name).unlink()
-    world.refuses(pack, FileNotFoundError if name == "edit_config.json" else PackFormatError, "incomplete")
+    world.refuses(pack, PackFormatError, "incomplete")
+
+
+def test_a_folder_without_a_configuration_is_no_pack_however_it_is_read(world, pack, tmp_path):
+    (pack / "edit_config.json").unlink()
+    (tmp_path / "empty").mkdir()
+    for folder in (pack, tmp_path / "empty"):
+        for read in (
+            EditPack.from_pretrained,
+            EditPack.inspect,
+            EditableModelForCausalLM.from_pretrained,
+            lambda folder: EditableModelForCausalLM.from_pretrained(folder, base_model=world.folder / "base"),
+            world.model.load_pack,
+            PackFolder,
+            lambda folder: EditPack.from_pretrained(folder.parent, pack_name=folder.name),
+        ):
+            with pytest.raises(PackFormatError, match=r"edit_config\.json|holds no edit pack"):
+                read(folder)
+
+
+@pytest.mark.parametrize("name", [".incoming", ".incoming-0123456789abcdef0123456789abcdef", ".saving-x"])
+def test_what_lies_in_dot_folders_never_takes_the_place_of_a_pack(world, tmp_path, name):
+    """Neither in a pack nor beside it: what is loaded is what inspecting shows and what stands in the pack's own files."""
+    pack = world.copy(tmp_path)
+    other = shutil.copytree(world.folder / "lks", tmp_path / "other")
+    shutil.copytree(other, pack / name)
+    (tmp_path / name).mkdir()
+    shutil.copytree(other, tmp_path / name / "pack")
+    (tmp_path / name / "precious.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert EditPack.inspect(pack)["method"] == EditPack.from_pretrained(pack).method == "steam"
+    assert EditableModelForCausalLM.from_pretrained(pack).packs["default"].method == "steam"
+    EditPack.from_pretrained(pack).save_pretrained(pack)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.parent != pack} == {
+        path: content for path, content in before.items() if path.parent != pack
+    }
+
+
+def test_a_card_that_is_a_link_is_not_shared(world, pack, tmp_path):
+    (tmp_path / "token").write_text("hf_secret")
+    (tmp_path / "upload").mkdir()
+    for content in (tmp_path / "token", "nowhere"):
+        (pack / "README.md").unlink()
+        (pack / "README.md").symlink_to(content)
+        with pytest.raises((PackSecurityError, PackFormatError), match=r"README\.md is a link"):
+            PackFolder(pack)._write_for_hub(tmp_path / "upload", "me/lyon")
+    assert not any((tmp_path / "upload").iterdir())
+    (pack / "README.md").unlink()
+    os.mkfifo(pack / "README.md")
+    with pytest.raises(PackFormatError, match="no regular file"):
+        PackFolder(pack)._write_for_hub(tmp_path / "upload", "me/lyon")
+
+
+def test_packs_that_load_along_with_one_are_named_when_it_is_inspected(world, pack):
+    shutil.copytree(world.folder / "lks", pack / "more")
+    shutil.copytree(world.folder / "lks", pack / ".hidden")
+    assert EditPack.inspect(pack)["other_packs"] == ["more"]
+    assert EditPack.inspect(pack, pack_name="more")["other_packs"] == ["default"]
+    (pack / "edit_config.json").unlink()
+    (pack / "edits.safetensors").unlink()
+    assert list(EditableModelForCausalLM.from_pretrained(pack).packs) == ["more"]
 
 
 @pytest.mark.parametrize("name", NAMES)

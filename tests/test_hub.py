@@ -436,6 +436,24 @@ def test_a_token_reaches_no_file_no_log_no_error_and_no_storage(hub, base_files,
 # --- inspecting ---------------------------------------------------------------------------------------------------------
 
 
+def test_inspecting_and_loading_read_the_files_that_the_repo_shows(hub, edited, tmp_path):
+    """Never others that a dot folder holds: those are not even downloaded."""
+    edited[0].push_to_hub("me/lyon")
+    other = edited[0].remove([str(FACTS[0].id)])
+    other.save_pretrained(tmp_path / "other")
+    shown = {path: blob.content for path, blob in hub.repos["me/lyon"].at("main").files.items()}
+    hidden = {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    extra = {f"{folder}{name}": content for folder in (".incoming/", "more/.incoming/") for name, content in hidden.items()}
+    _move_on(hub, "me/lyon", {**shown, **extra})
+    found = EditPack.inspect("me/lyon")
+    assert (found["num_facts"], found["other_packs"]) == (2, [])
+    assert EditPack.from_pretrained("me/lyon", revision=found["revision"]) == edited[0]
+    assert EditableModelForCausalLM.from_pretrained("me/lyon").packs == {"default": edited[0]}
+    cached = [path for path in (tmp_path / "cache").rglob("*") if "models--me--lyon" in path.parts]
+    assert any(path.name == "facts.jsonl" for path in cached)
+    assert not any(".incoming" in path.parts for path in cached)
+
+
 def test_inspecting_a_repo_downloads_no_tensor(hub, edited):
     edited[0].push_to_hub("me/lyon")
     hub.requests.clear()

@@ -14,6 +14,7 @@ from hf_edit import (
     EditableModelForCausalLM,
     KeyStatistics,
     PackFormatError,
+    PackSecurityError,
     SteamConfig,
     moments,
     statistics,
@@ -294,6 +295,16 @@ def test_damaged_statistics_are_refused(computed, tmp_path, name, damage, messag
     path.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
     with pytest.raises(PackFormatError, match=message):
         _matrices(KeyStatistics.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["json", "safetensors"])
+def test_statistics_are_not_read_through_a_link_out_of_their_folder(computed, tmp_path, name):
+    computed.save_pretrained(tmp_path / "stats")
+    path = tmp_path / "stats" / f"key_statistics.{name}"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PackSecurityError, match="link out of"):
+        KeyStatistics.from_pretrained(tmp_path / "stats")
 
 
 def test_a_folder_without_statistics_says_so(tmp_path):
