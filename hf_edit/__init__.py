@@ -27,12 +27,13 @@ if TYPE_CHECKING:
         SubjectNotFoundError,
         UnsupportedArchitectureError,
     )
-    from .facts import Fact, Question, read_facts
+    from .facts import Fact, Question
     from .methods import available_methods, register_method
     from .methods.lks import LKSConfig, LKSEditor
     from .methods.steam import SteamConfig
     from .model import EditableModelForCausalLM
     from .pack import EditPack
+    from .reading import read_facts
     from .report import EditReport, EvalReport
     from .statistics import KeyStatistics
 
@@ -49,12 +50,13 @@ _HOMES = {
         "SubjectNotFoundError",
         "UnsupportedArchitectureError",
     ),
-    "facts": ("Fact", "Question", "read_facts"),
+    "facts": ("Fact", "Question"),
     "methods": ("available_methods", "register_method"),
     "methods.lks": ("LKSConfig", "LKSEditor"),
     "methods.steam": ("SteamConfig",),
     "model": ("EditableModelForCausalLM",),
     "pack": ("EditPack",),
+    "reading": ("read_facts",),
     "report": ("EditReport", "EvalReport"),
     "statistics": ("KeyStatistics",),
 }

@@ -26,12 +26,13 @@ from typing import Any
 import torch
 
 from .base import Base
-from .facts import Fact, read_facts
+from .facts import Fact
 from .layout import Layout
 from .methods.steam import SteamConfig
 from .methods.steam.anchors import build_anchors, centre
 from .model import EditableModelForCausalLM
 from .positions import EncodedText, encode, fact_text
+from .reading import read_facts
 from .references import bank, references_for
 from .suffix import SuffixCache, frozen, read_keys_and_states
 

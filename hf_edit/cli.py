@@ -172,8 +172,8 @@ def _print(options: argparse.Namespace, value: Any, text: Any) -> None:
 
 
 def _edit(options: argparse.Namespace) -> None:
-    from .facts import read_facts
     from .model import EditableModelForCausalLM
+    from .reading import read_facts
 
     facts = read_facts(options.facts)
     _check_output(options.output)
@@ -204,8 +204,8 @@ def _ask(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .facts import read_facts
     from .model import EditableModelForCausalLM
+    from .reading import read_facts
 
     facts = None if options.facts is None else read_facts(options.facts)
     model = EditableModelForCausalLM.from_pretrained(options.model, **_source(options))

@@ -1,22 +1,19 @@
-"""`Fact`: what an edit makes a model say, and the ways to read facts from files and data sets."""
+"""`Fact`: what an edit makes a model say, and which facts contradict each other."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from .errors import ConflictingEditsError, SubjectNotFoundError
+from .records import fact_fields, question_pairs
 
-__all__ = ["Fact", "Question", "fold", "read_facts", "resolve_conflicts", "superseded", "visible"]
+__all__ = ["Fact", "Question", "fold", "resolve_conflicts", "superseded", "visible"]
 
 _MAX_NAME = 1000
 _HINT = "Write the prompt with one {} where the subject stands, or with the subject in plain text."
@@ -46,14 +43,12 @@ class Question:
         if isinstance(value, str):
             return cls(value)
         if isinstance(value, Mapping):
-            prompt = _first(value, "prompt", "question", "New Question")
-            target = _first(value, "target", "answer", "ground_truth", "New Answer")
-            if isinstance(prompt, str):
-                while isinstance(target, list):  # answers come with their aliases, at times in lists of lists
-                    target = target[0] if target else None
-                return cls(prompt, target or None)
-        elif isinstance(value, Sequence) and len(value) == 2 and isinstance(value[0], str):
-            return cls(value[0], value[1])
+            pairs = question_pairs(value)
+            pair: Any = pairs[0] if len(pairs) == 1 else None
+        else:
+            pair = value
+        if isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str | None):
+            return cls(pair[0], pair[1] or None)
         raise ValueError(f"a question is a string, a (prompt, target) pair or a mapping with 'prompt', not {value!r:.80}")
 
     def to_dict(self) -> dict[str, str]:
@@ -165,81 +160,17 @@ class Fact:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Fact:
-        """A fact from its own JSON or from a record of CounterFact, CounterFactPlus, zsRE or EasyEdit.
+        """A fact from its own JSON or from a record of CounterFact, CounterFactPlus, zsRE, EasyEdit or QAEdit, or from one of
+        MQuAKE or KnowGIC that holds a single fact.
 
         Raises:
-            ValueError: a field is missing or of another type than text or a list; the message names it.
+            ValueError: a field is unknown, missing, or of another type than text or a list; the message names it. Or the record
+                holds several facts, which `read_facts` reads.
         """
-        if not isinstance(record, Mapping):
-            raise ValueError(f"a fact is read from a mapping, not from {type(record).__name__}: {record!r:.80}")
-        if "requested_rewrite" in record:
-            return cls._from_counterfact(record)
-        subject, prompt = record.get("subject"), _first(record, "prompt", "src")
-        target = _first(record, "target", "target_new", "alt")
-        for name, value in (("subject", subject), ("prompt", prompt), ("target", target)):
-            if value is None:
-                raise ValueError(
-                    f"the record has no {name!r} (it has: {', '.join(map(str, record))}). "
-                    "A fact needs subject, prompt and target."
-                )
-        old = _first(record, "target_old", "ground_truth", "target_true")
-        return cls(
-            subject=_string(subject),
-            prompt=_string(prompt),
-            target=_string(target),
-            target_old=_string(old) if old else None,
-            aliases=_list(_first(record, "aliases", "subject_aliases")),
-            rephrases=_list(_first(record, "rephrases", "rephrase_prompt", "rephrase", "generality", "paraphrase_prompts")),
-            locality=_questions(_first(record, "locality", "neighborhood_prompts")),
-            portability=_questions(record.get("portability")),
-            references=_references(record.get("references")),
-            source=record.get("source"),
-            id=None if record.get("id") is None else str(record["id"]),
-        )
-
-    @classmethod
-    def _from_counterfact(cls, record: Mapping[str, Any]) -> Fact:
-        rewrite = record["requested_rewrite"]
-        old = _string(rewrite["target_true"]) if rewrite.get("target_true") else None
-        return cls(
-            subject=rewrite["subject"],
-            prompt=rewrite["prompt"],
-            target=_string(rewrite["target_new"]),
-            target_old=old,
-            rephrases=_list(record.get("paraphrase_prompts")),
-            locality=tuple(Question(p, old) for p in record.get("neighborhood_prompts", ())),
-            portability=_questions(record.get("portability")),
-            id=f"counterfact-{record['case_id']}" if "case_id" in record else None,
-        )
-
-
-def read_facts(facts: Any) -> list[Fact]:
-    """Facts from a `Fact`, a mapping, an iterable of either, a path (.jsonl, .json, .csv) or a `datasets.Dataset`.
-
-    Raises:
-        ValueError: nothing to read, or a record that is no fact; the message says which one and why.
-        FileNotFoundError: the path does not exist.
-    """
-    if isinstance(facts, Fact):
-        return [facts]
-    if isinstance(facts, Mapping):
-        return [Fact.from_dict(facts)]
-    origin = "facts"
-    if isinstance(facts, (str, os.PathLike)):
-        origin = os.fspath(facts)
-        facts = _read_file(Path(facts))
-    if not isinstance(facts, Iterable):
-        raise ValueError(f"facts are a Fact, a dict, a list of them, a path or a datasets.Dataset, not {type(facts).__name__}")
-    read = []
-    for number, record in enumerate(facts, start=1):
-        try:
-            read.append(record if isinstance(record, Fact) else Fact.from_dict(record))
-        except (ValueError, KeyError, TypeError) as error:
-            wrap = SubjectNotFoundError if isinstance(error, SubjectNotFoundError) else ValueError
-            raise wrap(f"{origin}, record {number}: {error}") from error
-    if not read:
-        raise ValueError(f"{origin}: there is no fact in it. Give at least one Fact(subject=..., prompt=..., target=...).")
-    return read
+        found = fact_fields(record)
+        if len(found) > 1:
+            raise ValueError(f"the record holds {len(found)} facts; read_facts([record]) reads them all")
+        return cls(**found[0])
 
 
 def resolve_conflicts(facts: Sequence[Fact], known: Sequence[Fact] = (), on_conflict: str = "error") -> list[Fact]:
@@ -297,26 +228,6 @@ def superseded(known: Sequence[Fact], facts: Sequence[Fact]) -> list[Fact]:
 def _contradict(one: Fact, other: Fact) -> bool:
     """Whether two facts that share a question answer it otherwise."""
     return fold(one.target) != fold(other.target)
-
-
-def _read_file(path: Path) -> Iterable[Any]:
-    suffix = path.suffix.lower()
-    if suffix not in (".jsonl", ".json", ".csv"):
-        raise ValueError(f"{path}: facts are read from .jsonl, .json or .csv files")
-    text = path.read_text(encoding="utf-8-sig")
-    if suffix == ".csv":
-        return [
-            {k: v for k, v in row.items() if k and v}
-            for row in csv.DictReader(io.StringIO(text, newline=""))
-            if any(row.values())
-        ]
-    try:
-        if suffix == ".json":
-            data = json.loads(text)
-            return [data] if isinstance(data, Mapping) else data
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
 
 
 def _text(value: Any, name: str) -> str:
@@ -396,47 +307,6 @@ def _rephrase(text: str, names: Sequence[str]) -> str:
         except SubjectNotFoundError:
             continue
     return text
-
-
-def _first(record: Mapping[str, Any], *names: str) -> Any:
-    return next((record[name] for name in names if record.get(name) not in (None, "")), None)
-
-
-def _string(value: Any) -> str:
-    if isinstance(value, Mapping):
-        value = value.get("str")
-    if isinstance(value, (list, tuple)):
-        value = value[0] if value else ""
-    return value  # checked by `Fact`
-
-
-def _list(value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, str) and value.startswith("["):  # a CSV cell that holds a JSON list
-        value = json.loads(value)
-    return _several(value, "a field of several texts")
-
-
-def _references(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, str) and value.startswith("["):  # a CSV cell that holds a JSON list
-        value = json.loads(value)
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, (str, Mapping, Fact)) else tuple(value)
-
-
-def _questions(value: Any) -> tuple[Question, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, str) and value.startswith("["):
-        value = json.loads(value)
-    if isinstance(value, Mapping) and not {"prompt", "New Question"} & set(value):
-        # EasyEdit groups questions by kind: {"neighborhood": {"prompt": ..., "ground_truth": ...}, ...}
-        return tuple(Question.of(q) for group in value.values() for q in (group if isinstance(group, list) else [group]))
-    if isinstance(value, (str, Mapping)):
-        return (Question.of(value),)
-    return tuple(Question.of(q) for q in value)
 
 
 def fold(text: str) -> str:

@@ -24,12 +24,13 @@ from .base import Base
 from .card import card
 from .composition import in_order, relinked
 from .errors import BaseMismatchError, ConflictingEditsError, HubError, MergeError, PackFormatError, PackSecurityError
-from .facts import Fact, read_facts, resolve_conflicts, superseded
+from .facts import Fact, resolve_conflicts, superseded
 from .health import COLLAPSE, Health
 from .hub import PushToHub, Snapshot, check_base_of, fetch
 from .methods import EditConfig, get_method
 from .methods.base import Attachment
 from .pack import CONFIG_FILE, HUB_FILES, EditPack, check_name, describe_base, save_packs, subpacks, versions
+from .reading import read_facts
 from .report import EditReport, EvalReport, FactResult
 from .restore import Turns, Untouched, uninterrupted
 from .storage import located

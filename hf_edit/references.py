@@ -16,7 +16,8 @@ from typing import Any
 
 import ahocorasick
 
-from .facts import Fact, fold, read_facts
+from .facts import Fact, fold
+from .reading import read_facts
 
 __all__ = [
     "Reference",

@@ -115,9 +115,233 @@ def test_line_separators_inside_text_do_not_cut_records(tmp_path):
     assert read_facts(tmp_path / "facts.csv")[0].prompt == "first\nline {} is"
 
 
+ANN = {"subject": "Ann", "prompt": "{} lives in", "target": "Oslo"}
+HEADER = "subject,prompt,target\n"
+MQUAKE = {
+    "case_id": 3,
+    "requested_rewrite": [
+        {
+            "prompt": "{} is a citizen of",
+            "relation_id": "P27",
+            "target_new": {"str": "Croatia", "id": "Q224"},
+            "target_true": {"str": "Norway", "id": "Q20"},
+            "subject": "Ann",
+            "question": "Which country is Ann a citizen of?",
+        },
+        {
+            "prompt": "The capital of {} is",
+            "relation_id": "P36",
+            "target_new": {"str": "Rome", "id": "Q220"},
+            "target_true": {"str": "Zagreb", "id": "Q1435"},
+            "subject": "Croatia",
+            "question": "What is the capital of Croatia?",
+        },
+    ],
+    "questions": ["What is the capital of Ann's country?", "Ann's country has which capital?"],
+    "answer": "Oslo",
+    "answer_alias": ["Christiania"],
+    "new_answer": "Rome",
+    "new_answer_alias": ["Roma"],
+    "single_hops": [],
+    "new_single_hops": [],
+    "orig": {"triples": []},
+}
+
+
+def _one_rewrite(record):
+    return {**record, "requested_rewrite": record["requested_rewrite"][:1]}
+
+
+def test_a_record_of_several_rewrites_gives_a_fact_for_each():
+    first, second = read_facts([MQUAKE])
+    assert first == Fact(
+        "Ann", "{} is a citizen of", "Croatia", "Norway", rephrases=["Which country is {} a citizen of?"], id="mquake-3-0"
+    )
+    assert (second.subject, second.target, second.target_old, second.id) == ("Croatia", "Rome", "Zagreb", "mquake-3-1")
+    assert read_facts([MQUAKE]) == [first, second]
+    assert len({fact.id for fact in read_facts([MQUAKE, {**MQUAKE, "case_id": 4}])}) == 4
+
+
+def test_questions_about_a_chain_of_rewrites_belong_to_its_last_fact():
+    first, second = read_facts([MQUAKE])
+    assert first.portability == ()
+    assert second.portability == tuple(Question(question, "Rome") for question in MQUAKE["questions"])
+
+
+def test_a_list_of_one_rewrite_is_one_fact_without_a_number_in_its_id():
+    fact = Fact.from_dict(_one_rewrite(MQUAKE))
+    assert fact.id == "mquake-3"
+    assert fact.portability == tuple(Question(question, "Rome") for question in MQUAKE["questions"])
+    chain = {"questions": ["Who is Ann's boss?"], "answers": ["Bob"], "prompts": ["{}'s boss is"], "subjects": ["Ann"]}
+    knowgic = {key: MQUAKE[key] for key in ("case_id", "requested_rewrite")} | {"chain": chain, "broader_context": chain}
+    fact = Fact.from_dict(_one_rewrite(knowgic))
+    assert (fact.id, fact.target, fact.locality, fact.portability) == ("knowgic-3", "Croatia", (), ())
+
+
+def test_a_single_fact_is_not_read_from_a_record_of_several():
+    with pytest.raises(ValueError, match=r"holds 2 facts; read_facts"):
+        Fact.from_dict(MQUAKE)
+
+
+def test_what_stands_beside_several_rewrites_and_belongs_to_one_of_them_is_refused():
+    with pytest.raises(ValueError, match=r"'paraphrase_prompts'.*belongs to one of them"):
+        read_facts([{**MQUAKE, "paraphrase_prompts": ["Ann comes from"]}])
+
+
+def test_fields_beside_a_rewrite_are_kept():
+    counterfact = {"requested_rewrite": {"subject": "Ann", "prompt": "{} is in", "target_new": {"str": "Oslo"}}}
+    fact = Fact.from_dict({**counterfact, "id": "mine", "source": "atlas", "aliases": ["Bea"], "rephrases": ["Bea sits in"]})
+    assert (fact.id, fact.source, fact.aliases, fact.rephrases) == ("mine", "atlas", ("Bea",), ("{} sits in",))
+    with pytest.raises(ValueError, match="'subject' is given twice"):
+        Fact.from_dict({**counterfact, "subject": "Bob"})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"locality": [{"loc": "Who rules?", "loc_ans": "Bob"}]},
+        {"loc": "Who rules?", "loc_ans": "Bob"},
+        {"loc": ["Who rules?"], "loc_ans": ["Bob"]},
+        {"locality_prompt": "Who rules?", "locality_ground_truth": "Bob"},
+        {"locality_prompt": ["Who rules?"], "locality_ground_truth": [["Bob", "Bobby"]]},
+        {"locality": {"neighborhood": {"prompt": "Who rules?", "ground_truth": ["Bob"]}, "distracting": None}},
+        {"locality": {"Relation_Specificity": [{"prompt": "Who rules?", "ground_truth": [["Bob"]]}], "Forgetfulness": []}},
+        {"locality": {"neighborhood": {"prompt": ["Who rules?"], "ground_truth": ["Bob"]}}},
+        {"locality": '{"prompt": "Who rules?", "target": "Bob"}'},
+        {"neighborhood_prompts": [{"prompt": "Who rules?", "target": "Bob"}]},
+        {"neighborhood_prompts": ["Who rules?"], "ground_truth": "Bob"},
+    ],
+)
+def test_locality_questions_are_read_as_each_dataset_writes_them(fields):
+    assert Fact.from_dict({**ANN, **fields}).locality == (Question("Who rules?", "Bob"),)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"portability": {"Recalled Relation": "(x)", "New Question": "Who rules?", "New Answer": "Bob"}},
+        {"portability": {"Reasoning": [{"prompt": "Who rules?", "ground_truth": [["Bob"]]}]}},
+        {"portability_prompt": "Who rules?", "portability_ground_truth": "Bob"},
+    ],
+)
+def test_portability_questions_are_read_as_each_dataset_writes_them(fields):
+    assert Fact.from_dict({**ANN, **fields}).portability == (Question("Who rules?", "Bob"),)
+
+
+def test_fields_of_public_datasets_that_no_fact_needs_are_accepted():
+    zsre = {"subject": "Ann", "src": "Where does Ann live?", "pred": "Rome", "rephrase": "Ann lives where?", "alt": "Oslo"}
+    zsre |= {"answers": ["Bergen"], "loc": "nq question: who rules", "loc_ans": "Bob", "cond": "Rome >> Oslo || Where"}
+    assert Fact.from_dict(zsre).locality == (Question("nq question: who rules", "Bob"),)
+    unused = {"case_id": 1, "pararel_idx": 2, "relation_id": "P1", "attribute_prompts": ["a"], "generation_prompts": ["b"]}
+    assert Fact.from_dict({**ANN, **unused}) == Fact.from_dict(ANN)
+
+
+def test_ids_of_qaedit_are_unique_although_each_of_its_sources_counts_anew():
+    facts = read_facts([{**ANN, "id": 918, "source": source} for source in ("NQ", "TQA")])
+    assert [fact.id for fact in facts] == ["qaedit-NQ-918", "qaedit-TQA-918"]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({**ANN, "rephases": ["Ann's home is in"]}, "unknown field 'rephases'; did you mean 'rephrases'"),
+        ({**ANN, "REPHRASES": ["Ann's home is in"]}, "'REPHRASES'; did you mean 'rephrases'"),
+        ({**ANN, "comment": "mine"}, "unknown field 'comment'. Rename or drop it. The fields are: subject, prompt, target"),
+        ({**ANN, "answers": ["Bergen"]}, "unknown field 'answers'"),
+        ({**ANN, "question": "Where does Ann live?"}, "unknown field 'question'"),
+        ({**ANN, "rephases": None}, "unknown field 'rephases'"),
+        ({**ANN, "locality": [{"prompt": "Bob lives in", "traget": "Bonn"}]}, "'traget'; did you mean 'target'"),
+        ({**ANN, "locality": {"promt": "Bob lives in"}}, "'promt' is neither"),
+        ({"requested_rewrite": {**ANN, "target_neu": "Rome"}}, "'target_neu'; did you mean 'target_new'"),
+        ({**MQUAKE, "quetions": []}, "'quetions'; did you mean 'questions'"),
+        ({**ANN, "target_new": "Bergen"}, "gives target twice: 'target': 'Oslo' and 'target_new': 'Bergen'"),
+        ({**ANN, "loc": ["a", "b"], "loc_ans": ["c"]}, "2 prompts and 1 answers"),
+        ({**ANN, "loc_ans": "c"}, "no prompt"),
+        ({**ANN, "locality_prompt": 3}, "a prompt is text, not int"),
+        ({**ANN, "locality": [("Who rules?", 3)]}, "a question is"),
+        ({**ANN, "rephrases": "['Ann sits in']"}, "rephrases begins as JSON does and is not valid JSON"),
+        ({**ANN, "target": {"string": "Oslo"}}, "target is text, or a mapping with 'str'"),
+        ({"requested_rewrite": ["x"]}, "requested_rewrite is a mapping or a list of mappings"),
+        ({"requested_rewrite": []}, "requested_rewrite is a mapping or a list of mappings"),
+        (("Ann", "{} lives in", "Oslo"), "not from tuple.*subject, prompt and target"),
+    ],
+)
+def test_a_field_that_would_be_lost_is_an_error_that_says_what_to_write(record, message):
+    with pytest.raises(ValueError, match=f"^facts, record 2: .*{message}"):
+        read_facts([ANN, record])
+
+
+def test_a_column_of_none_is_an_absent_field():
+    nothing = dict.fromkeys(("target_old", "rephrases", "locality", "portability", "loc", "loc_ans", "source", "id", "case_id"))
+    assert Fact.from_dict({**ANN, **nothing, "requested_rewrite": None}) == Fact.from_dict(ANN)
+    questions = [{"prompt": None, "target": None, "loc": "Who rules?", "loc_ans": "Bob"}, {"prompt": "Bob is", "target": None}]
+    fact = Fact.from_dict({**ANN, "locality": [*questions, {"prompt": None, "target": None}]})
+    assert fact.locality == (Question("Who rules?", "Bob"), Question("Bob is"))
+
+
 def test_a_bad_record_is_named_by_its_number():
     with pytest.raises(ValueError, match=r"record 2.*target"):
         read_facts([{"subject": "a", "prompt": "{} b", "target": "c"}, {"subject": "a", "prompt": "{} b"}])
+
+
+def _file(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("f.jsonl", json.dumps(ANN) + '\n\n{"subject": \n', "f.jsonl, line 3: not valid JSON"),
+        ("f.jsonl", json.dumps(ANN) + '\n\n{"subject": "Ann"}\n', r"f.jsonl, record 2 \(line 3\): .*no 'prompt'"),
+        ("f.json", json.dumps([ANN, {"subject": "Ann"}]), "f.json, record 2: .*no 'prompt'"),
+        ("f.json", '[\n{"subject": ]', "f.json: not valid JSON .*line 2"),
+        ("f.json", "3", "f.json: .*list of objects, not int"),
+        ("f.csv", HEADER + '"Ann",{} lives in,"Oslo\nlo"\n\nAnn,,Oslo\n', r"f.csv, record 2 \(line 5\): .*no 'prompt'"),
+    ],
+)
+def test_an_error_in_a_file_names_its_record_and_line(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_facts(_file(tmp_path, name, content))
+
+
+@pytest.mark.parametrize("name", ["f.jsonl", "f.json", "f.csv"])
+@pytest.mark.parametrize(
+    ("target", "encoding"), [("Malmö", "latin-1"), ("Malmö", "utf-16"), ("Oslo", "utf-16-le"), ("Oslo", "utf-32")]
+)
+def test_a_file_in_another_encoding_is_refused_by_name_with_the_way_out(tmp_path, name, target, encoding):
+    text = (
+        f"{HEADER}Ann,{{}} lives in,{target}" if name == "f.csv" else json.dumps({**ANN, "target": target}, ensure_ascii=False)
+    )
+    with pytest.raises(ValueError, match=rf"{name} .*Save it as UTF-8"):
+        read_facts(_file(tmp_path, name, text.encode(encoding)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (HEADER + "Ann,{} lives in,Oslo\nAnn,{} lives in,Oslo,Bergen\n", "line 3: .*'Bergen'.*double quotes"),
+        ("subject,prompt,target,\nAnn,{} lives in,Oslo,Bergen\n", "line 2: .*'Bergen'"),
+        (HEADER + 'Ann,{} lives in,Oslo\nAnn,{} lives in,"Oslo\nBob,{} lives in,Bonn\n', "line 3: not valid CSV"),
+        ("subject;prompt;target\nAnn;{} lives in;Oslo\n", "line 1: columns are separated by commas, not by ';'"),
+        ("subject\tprompt\ttarget\n", r"line 1: columns are separated by commas, not by '\\t'"),
+        ("Subject,Prompt,Target\nAnn,{} lives in,Oslo\n", "line 1: unknown field 'Subject'; did you mean 'subject'"),
+        ("Ann,{} lives in,Oslo\n", "line 1: unknown field 'Ann'.*The first line of a .csv file names its columns"),
+        ("subject,prompt,target,comment\nAnn,{} lives in,Oslo,\n", "line 1: unknown field 'comment'. Rename or drop it"),
+        ("subject,prompt,target,target\nAnn,{} lives in,Oslo,Bergen\n", "line 1: there are two columns 'target'"),
+    ],
+)
+def test_a_table_that_would_be_read_wrongly_is_refused_by_line_with_the_way_out(tmp_path, content, message):
+    with pytest.raises(ValueError, match=f"f.csv, {message}"):
+        read_facts(_file(tmp_path, "f.csv", content))
+
+
+def test_the_index_and_the_empty_columns_that_programs_write_are_no_fields(tmp_path):
+    assert read_facts(_file(tmp_path, "f.csv", f",{HEADER}0,Ann,{{}} lives in,Oslo\n")) == [Fact.from_dict(ANN)]
+    assert read_facts(_file(tmp_path, "f.csv", HEADER.replace("\n", ",\n") + "Ann,{} lives in,Oslo,\n")) == [
+        Fact.from_dict(ANN)
+    ]
 
 
 def test_no_facts_at_all_is_an_error():

@@ -36,9 +36,9 @@ from shared import markdown, split
 from smollm2 import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_edit import Fact, LKSConfig
+from hf_edit import Fact, LKSConfig, read_facts
 from hf_edit.base import Base
-from hf_edit.facts import fold, read_facts, resolve_conflicts
+from hf_edit.facts import fold, resolve_conflicts
 from hf_edit.gate import Gate, PromptEnd, asks_about_another, gate_block, read_queries
 from hf_edit.gate_training import train_gate
 from hf_edit.questions import asked_relations

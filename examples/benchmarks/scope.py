@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from hf_edit.facts import read_facts
+from hf_edit import read_facts
 from hf_edit.scope import Scope
 
 ENTITIES = (10, 100, 1000, 10_000)

@@ -20,10 +20,11 @@ from ..._version import __version__
 from ...base import Base, seeded
 from ...cache import cache_folder
 from ...errors import BaseMismatchError, HubError, PackFormatError
-from ...facts import Fact, read_facts
+from ...facts import Fact
 from ...gate import LearnedGate, embedding_size, gate_block
 from ...gate_training import tells_enough, train_gate
 from ...hub import PushToHub, fetch, is_repo_id
+from ...reading import read_facts
 from ...storage import file_digest, located, read_bytes, read_whole, replacing, write_tensors
 from ...strict import check_values, json_digest, parse_config, read_tensors
 from ...suffix import frozen
