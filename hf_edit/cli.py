@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--mode", default="generate", choices=("generate", "teacher_forced", "both"))
     evaluate.add_argument("--metric", action="append", dest="metrics", metavar="NAME", help="only this one; repeatable")
     evaluate.add_argument("--batch-size", type=int, default=32)
-    evaluate.add_argument("--max-new-tokens", type=int, default=20)
+    evaluate.add_argument(
+        "--max-new-tokens", type=int, default=20, help="of an answer, and more where its target needs more (default: 20)"
+    )
     _add_source(evaluate)
 
     inspect = _command(commands, "inspect", _inspect, "what a pack holds; reads and downloads no tensor")

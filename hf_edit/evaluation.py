@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from .answers import score_targets
+from .answers import answer_lengths, score_targets
 from .base import Base
 from .bootstrap import bootstrap, paired_bootstrap
 from .facts import Fact, Question
@@ -77,7 +77,7 @@ def evaluate(
         metrics: names, see `available_metrics`; by default all that the facts and the mode have something for.
         mode: "generate", "teacher_forced" or "both"; see `hf_edit.metrics`.
         batch_size: texts in a forward at most.
-        max_new_tokens: of an answer in free generation.
+        max_new_tokens: of an answer in free generation; where its target does not fit in, as many more as it needs.
         text_tokens: of a text that fluency and consistency read.
         generation_prompts: by fact id, beginnings of texts about the subject, for fluency and consistency.
         reference_texts: by fact id, texts about the target, for consistency.
@@ -103,15 +103,17 @@ def evaluate(
     )
     chosen = _chosen(known, metrics, facts, mode)
     asks = [[metric.asks(fact) for metric in chosen] for fact in facts]
-    everything = [ask for row in asks for ask in row]
+    everything, lengths = _with_lengths(base, [ask for row in asks for ask in row], max_new_tokens)
     with frozen(base.model):
-        clean, lengths = _ask_clean(base, everything, clean, unedited, batch_size, progress)
-        heard = _ask(base, everything, clean, lengths, batch_size, progress)
+        clean, kept = _ask_clean(base, everything, clean, unedited, batch_size, progress)
+        heard = _ask(base, everything, clean, kept, lengths, batch_size, progress)
     rows = tuple(
         FactScores(
             fact,
             {k: v for m, ask in zip(chosen, row, strict=True) if ask != Asks() for k, v in m.scores(fact, heard).items()},
-            heard.answer(fact.question, max_new_tokens) if fact.question in heard.continued else None,
+            heard.answer(fact.question, lengths.get((fact.question, fact.target), max_new_tokens))
+            if fact.question in heard.continued
+            else None,
         )
         for fact, row in zip(facts, asks, strict=True)
     )
@@ -129,6 +131,19 @@ def _chosen(known: Mapping[str, list[Metric]], wanted: Sequence[str] | None, fac
                 "needs target_old, too); fluency and consistency take generation_prompts=... and reference_texts=..."
             )
     return [metric for name in dict.fromkeys(names) for metric in known[name]]
+
+
+def _with_lengths(base: Base, asks: Sequence[Asks], max_new_tokens: int) -> tuple[list[Asks], dict[tuple[str, str], int]]:
+    """What is asked, with the number of tokens of each answer; and this number by (prompt, target)."""
+    pairs = list(dict.fromkeys(pair for ask in asks for pair in (*ask.answers, *ask.clean_answers)))
+    found = answer_lengths(base, [_with_target(prompt, target) for prompt, target in pairs], max_new_tokens)
+    lengths = dict(zip(pairs, found, strict=True))
+
+    def of(answers: Iterable[tuple[str, str]]) -> tuple[tuple[str, int], ...]:
+        return tuple((prompt, lengths[prompt, target]) for prompt, target in answers)
+
+    whole = [replace(a, continued=(*a.continued, *of(a.answers)), clean=(*a.clean, *of(a.clean_answers))) for a in asks]
+    return whole, lengths
 
 
 def _ask_clean(
@@ -165,7 +180,8 @@ def _ask(
     base: Base,
     asks: Sequence[Asks],
     clean: CleanAnswers | None,
-    lengths: Mapping[Question, int],
+    kept_lengths: Mapping[Question, int],
+    lengths: Mapping[tuple[str, str], int],
     batch_size: int,
     progress: bool,
 ) -> Readings:
@@ -173,19 +189,20 @@ def _ask(
     said = {} if clean is None else {prompt: ids for prompt, (_, ids) in clean.answers.items()}
     pairs = list(dict.fromkeys(pair for ask in asks for pair in ask.scored))
     texts = encode(base.tokenizer, [_with_target(prompt, target) for prompt, target in pairs])
-    kept = [q for q, n in lengths.items() if said[q.prompt][:n]]
+    kept = [q for q, n in kept_lengths.items() if said[q.prompt][:n]]
     prompts = encode(base.tokenizer, [Text(q.prompt) for q in kept])
     for q, prompt in zip(kept, prompts, strict=True):
-        ids = (*prompt.ids, *said[q.prompt][: lengths[q]])
+        ids = (*prompt.ids, *said[q.prompt][: kept_lengths[q]])
         texts.append(EncodedText(ids, -1, (len(prompt.ids), len(ids))))
     scores = score_targets(base, texts, batch_size, progress=progress)
     continued = _continue(base, _longest(pair for ask in asks for pair in ask.continued), batch_size, progress)
     return Readings(
         base.tokenizer,
         dict(zip(pairs, scores[: len(pairs)], strict=True)),
-        {**dict.fromkeys(lengths), **dict(zip(kept, scores[len(pairs) :], strict=True))},
+        {**dict.fromkeys(kept_lengths), **dict(zip(kept, scores[len(pairs) :], strict=True))},
         continued,
         said,
+        lengths,
     )
 
 

@@ -10,7 +10,7 @@ Two ways to answer, which differ for good reasons and are never mixed in one num
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .answers import Score, mentions, says
@@ -22,7 +22,7 @@ __all__ = ["ANSWER_TOKENS", "MODES", "PORTABILITY_FORMS", "TEXT_TOKENS", "Asks",
 
 MODES = ("generate", "teacher_forced", "both")
 PORTABILITY_FORMS = {"A": "Question: {}\nAnswer:", "B": "{} The answer is"}
-ANSWER_TOKENS = 20  # new tokens of an answer in free generation
+ANSWER_TOKENS = 20  # new tokens of an answer in free generation, at least
 TEXT_TOKENS = 100  # new tokens of a text whose fluency is measured
 _REPEATED = 3  # a target said so often in one answer is a stutter
 
@@ -35,12 +35,16 @@ class Asks:
         scored: (prompt, continuation) pairs, teacher-forced on the edited model.
         continued: (prompt, tokens): greedy continuations by the edited model.
         clean: (prompt, tokens): greedy continuations by the unedited model.
+        answers: (prompt, target): greedy continuations by the edited model, long enough to say the target.
+        clean_answers: the same by the unedited model.
         kept: questions whose clean greedy answer is scored on the edited model.
     """
 
     scored: tuple[tuple[str, str], ...] = ()
     continued: tuple[tuple[str, int], ...] = ()
     clean: tuple[tuple[str, int], ...] = ()
+    answers: tuple[tuple[str, str], ...] = ()
+    clean_answers: tuple[tuple[str, str], ...] = ()
     kept: tuple[Question, ...] = ()
 
 
@@ -66,6 +70,7 @@ class Readings:
         kept: by question, the score of the clean answer on the edited model; None where the clean model says nothing.
         continued: greedy continuations by the edited model, by prompt.
         clean: the same by the unedited model.
+        lengths: by (prompt, target), how many tokens of a continuation are read for the target; by default all.
     """
 
     tokenizer: Any
@@ -73,14 +78,23 @@ class Readings:
     kept: Mapping[Question, Score | None]
     continued: Mapping[str, tuple[int, ...]]
     clean: Mapping[str, tuple[int, ...]]
+    lengths: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
-    def answer(self, prompt: str, tokens: int) -> str:
+    def answer(self, prompt: str, tokens: int | None) -> str:
         """The edited model's continuation."""
         return self.tokenizer.decode(self.continued[prompt][:tokens], skip_special_tokens=True)
 
-    def clean_answer(self, prompt: str, tokens: int) -> str:
+    def clean_answer(self, prompt: str, tokens: int | None) -> str:
         """The unedited model's continuation."""
         return self.tokenizer.decode(self.clean[prompt][:tokens], skip_special_tokens=True)
+
+    def says(self, prompt: str, target: str) -> bool:
+        """Whether the edited model's answer holds the target."""
+        return says(self.answer(prompt, self.lengths.get((prompt, target))), target)
+
+    def clean_says(self, prompt: str, target: str) -> bool:
+        """Whether the unedited model's answer holds the target."""
+        return says(self.clean_answer(prompt, self.lengths.get((prompt, target))), target)
 
 
 # --- the edit itself and its paraphrases ------------------------------------------------------------------------------
@@ -127,19 +141,18 @@ class Saying:
     """Efficacy and paraphrase score in free generation.
 
     ``said``: the greedy continuation of the bare prompt holds the target as whole words. Nothing of the target is in the
-    prompt, and the model itself decides where a word ends.
+    prompt, and the model itself decides where a word ends. At least ``max_new_tokens`` are read, and as many as a long target
+    needs.
     """
 
     name: str
     prompts: Callable[[Fact], list[str]]
-    tokens: int
 
     def asks(self, fact: Fact) -> Asks:
-        return Asks(continued=tuple((prompt, self.tokens) for prompt in self.prompts(fact)))
+        return Asks(answers=tuple((prompt, fact.target) for prompt in self.prompts(fact)))
 
     def scores(self, fact: Fact, heard: Readings) -> dict[str, float]:
-        said = (says(heard.answer(prompt, self.tokens), fact.target) for prompt in self.prompts(fact))
-        return _named(self.name, {"said": _mean(said)})
+        return _named(self.name, {"said": _mean(heard.says(prompt, fact.target) for prompt in self.prompts(fact))})
 
 
 # --- what must stay as it was -----------------------------------------------------------------------------------------
@@ -207,7 +220,7 @@ class UnchangedText:
     """Locality against the unedited model in free generation.
 
     ``continuation``: share of locality questions whose greedy continuation is token for token that of the unedited model.
-    ``leak``: share where it holds the edit's target and the unedited model's does not.
+    ``leak``: share where it holds the edit's target and the unedited model's does not; read as far as `Saying` reads.
     """
 
     name: str
@@ -216,15 +229,13 @@ class UnchangedText:
 
     def asks(self, fact: Fact) -> Asks:
         asked = tuple((q.prompt, self.tokens) for q in self.questions(fact))
-        return Asks(continued=asked, clean=asked)
+        answers = tuple((q.prompt, fact.target) for q in self.questions(fact))
+        return Asks(continued=asked, clean=asked, answers=answers, clean_answers=answers)
 
     def scores(self, fact: Fact, heard: Readings) -> dict[str, float]:
         prompts = [q.prompt for q in self.questions(fact)]
         same = (heard.continued[p][: self.tokens] == heard.clean[p][: self.tokens] for p in prompts)
-        leak = (
-            says(heard.answer(p, self.tokens), fact.target) and not says(heard.clean_answer(p, self.tokens), fact.target)
-            for p in prompts
-        )
+        leak = (heard.says(p, fact.target) and not heard.clean_says(p, fact.target) for p in prompts)
         return _named(self.name, {"continuation": _mean(same), "leak": _mean(leak)})
 
 
@@ -271,18 +282,17 @@ class Portability:
         return _by_form(fact, lambda p, a: {"nll": heard.scored[p, a].nll, "exact": float(heard.scored[p, a].right)})
 
 
-@dataclass(frozen=True)
 class PortabilitySaying:
-    """Portability in free generation. ``said``: the greedy continuation holds the answer; forms and parts as `Portability`."""
+    """Portability in free generation. ``said``: the greedy continuation, read as far as `Saying` reads, holds the answer; forms
+    and parts as `Portability`."""
 
-    tokens: int
-    name: str = "portability"
+    name = "portability"
 
     def asks(self, fact: Fact) -> Asks:
-        return Asks(continued=tuple((prompt, self.tokens) for _, prompt, _, _ in _portability_prompts(fact)))
+        return Asks(answers=tuple((prompt, answer) for _, prompt, answer, _ in _portability_prompts(fact)))
 
     def scores(self, fact: Fact, heard: Readings) -> dict[str, float]:
-        return _by_form(fact, lambda p, a: {"said": float(says(heard.answer(p, self.tokens), a))})
+        return _by_form(fact, lambda p, a: {"said": float(heard.says(p, a))})
 
 
 # --- how the model writes afterwards ----------------------------------------------------------------------------------
@@ -386,11 +396,11 @@ def available_metrics(
         "portability": Portability(),
     }
     free: dict[str, Metric] = {
-        "efficacy": Saying("efficacy", _edit_prompts, max_new_tokens),
-        "paraphrase": Saying("paraphrase", _paraphrases, max_new_tokens),
+        "efficacy": Saying("efficacy", _edit_prompts),
+        "paraphrase": Saying("paraphrase", _paraphrases),
         "locality": UnchangedText("locality", _locality, max_new_tokens),
         "same_subject": UnchangedText("same_subject", _same_subject, max_new_tokens),
-        "portability": PortabilitySaying(max_new_tokens),
+        "portability": PortabilitySaying(),
         "repetition": Repetition(max_new_tokens),
         "fluency": Fluency(generation_prompts or {}, text_tokens),
         "consistency": Consistency(generation_prompts or {}, reference_texts or {}, text_tokens),

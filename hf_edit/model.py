@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .answers import greedy, says, target_probabilities
+from .answers import answer_lengths, greedy, says, target_probabilities
 from .base import Base
 from .card import card
 from .composition import in_order, relinked
@@ -30,6 +30,7 @@ from .hub import PushToHub, Snapshot, check_base_of, fetch
 from .methods import EditConfig, get_method
 from .methods.base import Attachment
 from .pack import CONFIG_FILE, HUB_FILES, EditPack, check_name, describe_base, save_packs, subpacks, versions
+from .positions import fact_text
 from .reading import read_facts
 from .report import EditReport, EvalReport, FactResult
 from .restore import Turns, Untouched, uninterrupted
@@ -367,7 +368,8 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
                     untouched.put_back()
 
     def _ask(self, facts: Sequence[Fact], progress: bool) -> list[tuple[str, float]]:
-        answers = greedy(self._base, [f.question for f in facts], _ANSWER_TOKENS, progress=progress)
+        lengths = answer_lengths(self._base, [fact_text(f, target=f.target) for f in facts], _ANSWER_TOKENS)
+        answers = greedy(self._base, [f.question for f in facts], lengths, progress=progress)
         return list(zip(answers, target_probabilities(self._base, facts), strict=True))
 
     def ask(self, prompts: str | Sequence[str], *, max_new_tokens: int = _ANSWER_TOKENS) -> list[str]:
@@ -413,7 +415,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             mode: "generate" reads the model's own greedy continuations of bare prompts, "teacher_forced" the probabilities of
                 given ones, each token predicted from the right ones before it; "both" does both.
             batch_size: texts in a forward at most.
-            max_new_tokens: of an answer in free generation.
+            max_new_tokens: of an answer in free generation; where its target does not fit in, as many more as it needs.
             text_tokens: of a text whose fluency or consistency is measured.
             generation_prompts: by fact id, beginnings of texts about the subject, for fluency and consistency.
             reference_texts: by fact id, texts about the target, for consistency.

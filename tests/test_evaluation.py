@@ -303,6 +303,35 @@ def test_generation_with_edits_in_force_is_never_shown_the_answer(llama, monkeyp
     assert not any(answer in prompt for prompt in asked for answer in ("Tokyo", "Japanese"))
 
 
+def test_a_long_target_counts_as_said_wherever_it_is_said(llama, monkeypatch):
+    long = "the city of Tokyo, which lies in the country of Japan and is the capital of it, and then the city of Madrid"
+    fact = Fact(
+        "France",
+        "The capital of {} is",
+        long,
+        rephrases=("{} has the capital",),
+        locality=(Question("The capital of Portugal is"),),
+        portability=(Question("The mayor of the capital of France lives in", long),),
+        id="france",
+    )
+    _edited(llama, [fact, FACTS[1]])
+    target = llama.tokenizer(f" {long} and")["input_ids"]
+    assert len(target) > 40
+    read = {}
+
+    def saying(base, rows, tokens):
+        read.update((base.tokenizer.decode(row), tokens) for row in rows)
+        return [(target if llama.active_packs else [5] * 99)[:tokens] for _ in rows]
+
+    monkeypatch.setattr(evaluation, "generate_ids", saying)
+    found, short = llama.evaluate([fact, FACTS[1]], mode="generate")
+    said = ("efficacy.said", "paraphrase.said", "portability.A.said", "portability.B.said", "locality.leak")
+    assert {name: found.scores[name] for name in said} == dict.fromkeys(said, 1)
+    assert found.answer == f" {long} and"
+    assert short.scores["efficacy.said"] == 0
+    assert read[FACTS[1].question] == 20
+
+
 def test_what_the_unedited_model_says_is_asked_once_and_reused(llama, monkeypatch):
     clean = llama.evaluate(ASKED, mode="both", **EXTRAS).clean
     _edited(llama)

@@ -11,8 +11,10 @@ import pytest
 import torch
 from conftest import FACTS, QUICK_LKS, QUICK_STEAM, same, snapshot, tiny_model
 
-from hf_edit import ConflictingEditsError, EditableModelForCausalLM, Fact, MergeError, SteamConfig, available_methods
+from hf_edit import ConflictingEditsError, EditableModelForCausalLM, Fact, MergeError, SteamConfig, answers, available_methods
+from hf_edit.base import Base
 from hf_edit.methods import get_method
+from hf_edit.positions import fact_text
 
 QUICK = {
     "steam": QUICK_STEAM,
@@ -507,3 +509,50 @@ def test_an_attachment_that_fails_half_way_leaves_nothing_behind(llama, monkeypa
     assert llama.active_packs == ["a", "b"]
     llama.rollback()
     assert same(clean, llama.base_model)
+
+
+# --- how much of an answer is read ------------------------------------------------------------------------------------
+
+SENTENCE = "the city of Tokyo, which lies in the country of Japan and is the capital of it, and then the city of Madrid"
+
+
+def test_a_long_target_that_is_said_is_no_miss_and_short_ones_do_not_wait_for_it(llama, monkeypatch):
+    facts = [FACTS[0], Fact("Spain", "The capital of {} is", SENTENCE), *FACTS[2:]]
+    prompts = [tuple(llama.tokenizer(f.question)["input_ids"]) for f in facts]
+    said = {p: llama.tokenizer(f" {f.target} and")["input_ids"] for p, f in zip(prompts, facts, strict=True)}
+    assert len(said[prompts[1]]) > 40
+    read = []
+
+    def saying(base, rows, length, banned=None):
+        read.append(({tuple(row) for row in rows}, length))
+        return [said[tuple(row)][:length] for row in rows]
+
+    monkeypatch.setattr(answers, "generate_ids", saying)
+    report = _edit(llama, facts, "memit", steps=1)
+    assert [result.success for result in report] == [True] * 4
+    assert read[:2] == [(set(prompts) - {prompts[1]}, 16), ({prompts[1]}, 48)]
+    assert read[2:] == read[:2]
+    llama.ask(facts[1].question)
+    assert read[-1] == ({prompts[1]}, 16)
+
+
+def test_an_answer_is_read_as_far_as_its_target_needs_and_short_targets_need_no_more_than_before(llama):
+    base = Base(llama.base_model, llama.tokenizer)
+
+    def lengths(targets, least):
+        return answers.answer_lengths(base, [fact_text(FACTS[0], target=target) for target in targets], least)
+
+    words = ["Tokyo" + " Tokyo" * more for more in (0, 11, 12, 15, 40)]
+    assert [len(llama.tokenizer(f" {text}")["input_ids"]) for text in words] == [1, 12, 13, 16, 41]
+    assert lengths(words, 16) == [16, 16, 32, 32, 48]
+    assert lengths(words, 20) == [20, 20, 20, 20, 52]
+    assert lengths(words, 1) == [1, 12, 13, 16, 41]
+
+
+def test_answers_of_different_lengths_are_those_of_each_prompt_alone(llama):
+    base = Base(llama.base_model, llama.tokenizer)
+    prompts = ["The capital of France is", "Yes", "The official language of Japan is", "In"]
+    lengths = [3, 12, 12, 3]
+    alone = [answers.greedy(base, [prompt], length)[0] for prompt, length in zip(prompts, lengths, strict=True)]
+    assert answers.greedy(base, prompts, lengths, batch=2) == alone
+    assert len(set(alone)) == 4
