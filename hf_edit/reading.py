@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,14 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[int | None, Any]]:
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from error
     for number, row in rows:
-        record = {column: cell for column, cell in zip(columns, row, strict=False) if cell and column}
-        names = [*columns, *[""] * (len(row) - len(columns))]
-        for column, cell in list(zip(names, row, strict=False))[1:]:  # the first may be the index that pandas writes
-            if cell and not column:
-                raise ValueError(
-                    f"{path}, line {number}: no column has a name for the cell {cell!r:.80}. Put a cell that holds a comma in "
-                    "double quotes."
-                )
+        cells = list(zip_longest(columns, row, fillvalue=""))
+        stray = next((cell for column, cell in cells[1:] if cell and not column), None)  # pandas' index has no name
+        if stray is not None:
+            raise ValueError(
+                f"{path}, line {number}: no column has a name for the cell {stray!r:.80}. Put a cell that holds a comma in "
+                "double quotes."
+            )
+        record = {column: cell for column, cell in cells if cell and column}
         if record:
             yield number, record
 
