@@ -21,7 +21,7 @@ def alphaedit(problem: Insertion) -> dict[str, Update]:
     for block in problem.layers:
         moment = problem.moment(block)
         spaces[block] = moment.null_space(problem.null_space_threshold * float(moment.matrix.diagonal().mean()))
-        keys = spaces[block].project(problem.keys(block).T.cpu())
+        keys = spaces[block].project(problem.keys(block).T)
         ridge[block] = problem.ridge * float((keys**2).sum(0).mean().clamp(min=1e-12))
 
     def precondition(block: int, keys: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ class Insertion:
         return self.statistics.moments[self.layout.projection(block)]
 
     def keys(self, block: int, *, bare: bool = False) -> torch.Tensor:
-        """Keys of the facts at a block, as the model stands now: [facts, in] in float64; see `Reader.keys`.
+        """Keys of the facts at a block, as the model stands now: [facts, in], see `Reader.keys`.
 
         Args:
             bare: of the bare prompt alone, rather than the weighted mean over contexts.
@@ -73,6 +73,8 @@ class Insertion:
 
 class Reader:
     """Reads keys and states layer by layer, upwards: what lies below the layers read is not run again.
+
+    Keys are float64 on the CPU, wherever the model is: the systems are solved there, and some accelerators lack float64.
 
     Args:
         problem: whose facts.
@@ -98,10 +100,10 @@ class Reader:
         self._bystanders = _Prompts(problem, prompts if problem.bystanders else (), of_subject=False)
 
     def keys(self, block: int) -> torch.Tensor:
-        """Each fact's key, the weighted mean over its contexts at the subject's last token: [facts, in], float64."""
+        """Each fact's key, the weighted mean over its contexts at the subject's last token: [facts, in]."""
         found = self._facts.keys(block)
-        sums = torch.zeros(len(self._problem.texts), found.shape[1], dtype=torch.float64, device=found.device)
-        return sums.index_add(0, self._owners.to(found.device), found * self._weights.to(found.device)[:, None])
+        sums = found.new_zeros(len(self._problem.texts), found.shape[1])
+        return sums.index_add(0, self._owners, found * self._weights[:, None])
 
     def states(self, block: int) -> torch.Tensor:
         """What the last edit layer's block gives for the bare prompts at the subject's last token: float32 [facts, hidden].
@@ -113,7 +115,7 @@ class Reader:
 
     def protected_keys(self, block: int) -> torch.Tensor:
         """Keys that the edit must not move: of the facts edited before, and of the prompts' other tokens, each of these times
-        the root of its weight. [keys, in], float64."""
+        the root of its weight. [keys, in]."""
         return torch.cat([self._earlier.keys(block), self._bystanders.keys(block) * self._problem.bystanders**0.5])
 
 
@@ -132,7 +134,7 @@ class _Prompts:
             return torch.zeros(0, self._problem.moment(block).width, dtype=torch.float64)
         name = self._problem.layout.projection(block)
         self._frontier.advance(block)
-        return self._frontier.read(self._points, modules=(name,), last=block)[0][name].double()
+        return self._frontier.read(self._points, modules=(name,), last=block)[0][name].cpu().double()
 
     def states(self, block: int) -> torch.Tensor:
         last = self._problem.layers[-1]
@@ -173,8 +175,8 @@ def spread(problem: Insertion, precondition: Precondition) -> dict[str, Update]:
                 if goal is None:
                     goal = states + scale * problem.deltas.to(states.device)
                 residuals = (goal - states) / (scale * (len(problem.layers) - done))
-            K = reader.keys(block).T.cpu()
-            protected = Protected.of(reader.protected_keys(block).T.cpu(), partial(precondition, block))
+            K = reader.keys(block).T
+            protected = Protected.of(reader.protected_keys(block).T, partial(precondition, block))
             updates[name] = insert(K, protected.precondition(K), residuals.T)
             attachment = WeightAttachment(problem.base.model, {name: updates[name].factors})
             edited.callback(attachment.detach)

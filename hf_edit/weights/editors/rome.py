@@ -25,6 +25,6 @@ def _rank_one(problem: Insertion, inserted: torch.Tensor) -> dict[str, Update]:
     block = problem.layers[-1]
     directions = problem.moment(block).solve(problem.keys(block).T).T
     directions = directions / directions.norm(dim=1, keepdim=True)
-    left = problem.deltas.double().cpu() / (inserted.cpu() * directions).sum(1, keepdim=True)
+    left = problem.deltas.cpu().double() / (inserted * directions).sum(1, keepdim=True)
     gram = torch.zeros(1, 1).expand(len(left), len(left))
     return {problem.layout.projection(block): Update(Factors(left.T.float(), directions.float()), gram)}
