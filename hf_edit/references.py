@@ -188,7 +188,9 @@ def _dataset(name: str) -> Iterable[Any]:
             f"references={name!r} needs the package datasets: pip install datasets. Or give the facts as a .jsonl file."
         ) from error
     repository, _, split = name.removeprefix("datasets:").partition(":")
-    return load_dataset(repository, split=split or "train")
+    rows = load_dataset(repository, split=split or "train")
+    # a data set that was made for other purposes has columns that no reference needs
+    return ({name: row[name] for name in ("subject", "prompt", "target") if name in row} for row in rows)
 
 
 def _asked(function: Callable[[str], Iterable[Any]]) -> Source:

@@ -204,7 +204,8 @@ def test_a_data_set_is_loaded_by_name_and_its_package_is_asked_for_only_then(mon
     with pytest.raises(ImportError, match="pip install datasets"):
         open_source("datasets:me/facts")
     asked = []
-    fake = types.SimpleNamespace(load_dataset=lambda name, split: asked.append((name, split)) or _Rows())
+    rows = [{**row, "popularity": 3, "comment": None} for row in ROWS]  # columns that no reference needs
+    fake = types.SimpleNamespace(load_dataset=lambda name, split: asked.append((name, split)) or rows)
     monkeypatch.setitem(sys.modules, "datasets", fake)
     assert _subjects(references_for("Peru", "datasets:me/facts")) == ["Lake Alma", "Cusco"]
     assert _subjects(references_for("Norway", ["datasets:me/facts:test"])) == ["Oslo"]
