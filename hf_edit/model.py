@@ -6,7 +6,6 @@ import copy
 import functools
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -66,7 +65,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
     and is bit for bit as before after `rollback` or `unload`.
 
     Several threads may edit, load, disable and roll back: their changes happen one after the other. What is active is the
-    same for all threads.
+    same for all threads. Generating while another thread changes that is not guarded.
 
     Args:
         base_model: a causal language model of transformers.
@@ -96,7 +95,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         self._active: tuple[str, ...] = ()
         self._attached: list[Attachment] = []
         self._turns = Turns()
-        self._resting: tuple[str, ...] = ()  # packs of a `disable_edits` that ended before another thread's
+        self._resting: dict[int, tuple[str, ...]] = {}  # packs of each `disable_edits` that ended before another one
         self._health: Health | None = None
         self._measured: list[tuple[dict[str, EditPack], EditReport | EvalReport]] = []  # for model cards
 
@@ -428,6 +427,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         from .evaluation import evaluate
 
         chosen = self.list_edits() if facts is None else read_facts(facts)
+        measured = {name: self._packs.get(name) for name in self._active}
         if not chosen:
             raise ValueError("there are no edits in force; pass the facts to ask about: model.evaluate(facts)")
         report = evaluate(
@@ -444,8 +444,9 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             unedited=self.disable_edits,
             progress=progress,
         )
-        if facts is None and len(self._active) == 1:
-            self._measured.append(({name: self._packs[name] for name in self._active}, report))
+        pack = next(iter(measured.values()), None)
+        if facts is None and len(measured) == 1 and pack is not None:
+            self._measured.append((dict.fromkeys(measured, pack), report))
         return report
 
     # --- packs --------------------------------------------------------------------------------------------------------
@@ -460,7 +461,6 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         """The names of the packs in force, in the order in which they were put on."""
         return list(self._active)
 
-    @_one_at_a_time
     def load_pack(
         self,
         pack_or_id: EditPack | str | os.PathLike[str],
@@ -490,7 +490,12 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         if verify_base not in ("error", "warn", "off"):
             raise ValueError(f"verify_base is 'error', 'warn' or 'off', not {verify_base!r}")
         check_name(pack_name)
+        # read before the others have to wait
         pack = pack_or_id if isinstance(pack_or_id, EditPack) else EditPack.from_pretrained(pack_or_id, **hub_kwargs)
+        self._load_pack(pack, pack_name, on_conflict, verify_base)
+
+    @_one_at_a_time
+    def _load_pack(self, pack: EditPack, pack_name: str, on_conflict: str, verify_base: str) -> None:
         if pack_name in self._packs:
             raise ConflictingEditsError(f"there is a pack {pack_name!r} already; load this one under another pack_name")
         if verify_base != "off":
@@ -583,7 +588,8 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
 
     def list_edits(self) -> list[Fact]:
         """The facts in force, pack by pack."""
-        return [fact for name in self._active for fact in self._packs[name].facts]
+        packs = self._packs  # which another thread may swap for others
+        return [fact for name in self._active if name in packs for fact in packs[name].facts]
 
     @_one_at_a_time
     def remove_edits(self, ids: str | Sequence[str], *, progress: bool = True) -> None:
@@ -617,30 +623,32 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         """The clean base model inside the context; nothing is subtracted, the original weights are put back.
 
         The context acts on all threads. Where several are in one at once, the edits return when the last of them leaves.
-        Changes by other threads wait until then.
+        Changes by threads that are in none wait until then. A thread that changes what is active inside its own context does
+        so at once, for all.
         """
-        names: tuple[str, ...] | None = None
+        number: int | None = None
+        before: tuple[str, ...] = ()
         try:
             with self._turns.lock, uninterrupted():
+                number = self._turns.enter()
                 before = self._active
                 self._put(self._packs, ())
-                self._turns.clean.append(threading.get_ident())
-                names = before
             yield
         finally:
-            if names is not None:
-                with self._turns.lock, uninterrupted():
-                    self._turns.done()
-                    self._enable(names)
+            if number is not None:
+                with uninterrupted(), self._turns.lock:
+                    self._enable(number, before)
 
-    def _enable(self, names: tuple[str, ...]) -> None:
-        """Put packs in force again, beneath what was put on meanwhile; or leave it to the threads that still need them off."""
-        nested = threading.get_ident() in self._turns.clean
-        if self._turns.clean and not nested:
-            self._resting += names
+    def _enable(self, number: int, names: tuple[str, ...]) -> None:
+        """Put packs in force again, beneath what was put on meanwhile; or leave it to the contexts that still need them off."""
+        last = self._turns.leave(number)
+        if last is False:
+            self._resting[number] = names
             return
-        if not nested:
-            names, self._resting = (*self._resting, *names), ()
+        if last:
+            self._resting[number] = names
+            names = tuple(name for _, own in sorted(self._resting.items()) for name in own)
+            self._resting = {}
         kept = [name for name in dict.fromkeys(names) if name in self._packs]
         self._put(self._packs, (*kept, *(name for name in self._active if name not in kept)))
 
@@ -701,6 +709,10 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         Raises:
             MergeError: edits in force that are no change of weights, or weights that can't take one.
         """
+        if self._turns.clean:
+            raise MergeError(
+                "the edits are disabled (disable_edits), so there is nothing to merge: merge outside of that context"
+            )
         for name in self._active:
             if not self._packs[name].in_weights:
                 raise MergeError(
@@ -756,7 +768,8 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
 
     def __repr__(self) -> str:
         name = self._origin["base_model_name_or_path"] or type(self.base_model).__name__
-        packs = ", ".join(f"{n}: {self._packs[n].method}, {len(self._packs[n].facts)} facts" for n in self._active)
+        known = self._packs
+        packs = ", ".join(f"{n}: {known[n].method}, {len(known[n].facts)} facts" for n in self._active if n in known)
         return f"EditableModelForCausalLM({name!r}, edits in force: {packs or 'none'})"
 
 

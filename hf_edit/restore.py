@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 __all__ = ["Turns", "Untouched", "uninterrupted"]
 
+_PATIENCE = 1.0  # seconds that a thread which needs the model clean lets waiting changes go first
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -43,28 +45,51 @@ class Turns:
 
     Attributes:
         lock: held for every change; the thread that holds it may take it again.
-        clean: the threads that need the model without edits, once for each time.
+        clean: by number, in the order in which they began, the contexts that need the model without edits, each with the
+            thread that entered it. Another thread may leave it: generators wander.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.clean: list[int] = []
-        self._free = threading.Condition(self.lock)
+        self.clean: dict[int, int] = {}
+        self._numbers = count()
+        self._waiting = 0  # changes
+        self._moved = threading.Condition(self.lock)
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """Wait for the other threads, then hold the lock."""
+        """Wait for the other threads' contexts to end, then hold the lock."""
         me = threading.get_ident()
         with self.lock:
-            # who needs the model clean as well does not wait: two such threads would wait for each other
-            while self.clean and me not in self.clean:
-                self._free.wait()
+            self._waiting += 1
+            try:
+                # who needs the model clean as well does not wait: two such threads would wait for each other
+                while self.clean and me not in self.clean.values():
+                    self._moved.wait()
+            finally:
+                self._waiting -= 1
+                self._moved.notify_all()
             yield
 
-    def done(self) -> None:
-        """This thread needs the clean model once less; call it with the lock held."""
-        self.clean.remove(threading.get_ident())
-        self._free.notify_all()
+    def enter(self) -> int:
+        """Begin to need the clean model; gives the number. Call it with the lock held."""
+        me = threading.get_ident()
+        if self._waiting and me not in self.clean.values():  # threads that come and go would never let a change through
+            self._moved.wait_for(lambda: not self._waiting, _PATIENCE)
+        number = next(self._numbers)
+        self.clean[number] = me
+        return number
+
+    def leave(self, number: int) -> bool | None:
+        """Need the clean model no more. Call it with the lock held.
+
+        Returns:
+            Whether nobody else needs it; None where only contexts around this one do, in the same thread.
+        """
+        me = self.clean.pop(number)
+        self._moved.notify_all()
+        own = [other for other, thread in self.clean.items() if thread == me]
+        return not self.clean if not own or own[-1] > number else None
 
 
 class Untouched:

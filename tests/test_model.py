@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -432,6 +434,123 @@ def test_edits_return_when_the_last_thread_needs_the_model_no_more_clean(llama):
 
     assert _together(first, second) == []
     assert seen == [[]]
+    assert llama.active_packs == ["default"]
+
+
+def test_a_context_may_be_left_by_another_thread_than_entered_it(llama):
+    """As a generator's is, which a pool of workers steps in turn."""
+    _edit(llama)
+
+    def stream():
+        with llama.disable_edits():
+            while True:
+                yield llama.active_packs
+
+    stepped = stream()
+    assert _together(lambda: next(stepped)) == []
+    assert llama.active_packs == []
+    assert _together(stepped.close) == []
+    assert llama.active_packs == ["default"]
+    assert _together(llama.rollback) == []
+
+
+def test_contexts_that_end_in_the_order_in_which_they_began_keep_the_model_clean_until_the_last(llama):
+    _edit(llama)
+    first, second = llama.disable_edits(), llama.disable_edits()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert llama.active_packs == []
+    second.__exit__(None, None, None)
+    assert llama.active_packs == ["default"]
+
+
+def test_edits_return_beneath_what_was_put_on_while_they_were_disabled(llama):
+    _edit(llama, FACTS[0], pack_name="old", method="memit")
+    inside, left = threading.Event(), threading.Event()
+
+    def put_on():
+        with llama.disable_edits():
+            _edit(llama, FACTS[1], pack_name="new", method="memit")
+            inside.set()
+            left.wait()
+
+    def look():
+        inside.wait()
+        with llama.disable_edits():
+            pass
+        left.set()
+
+    assert _together(put_on, look) == []
+    assert llama.active_packs == ["old", "new"]
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_while_another_thread_changes_the_model_leaves_no_context_open(llama):
+    _edit(llama)
+    held, release = threading.Event(), threading.Event()
+
+    def hold():
+        with llama.disable_edits(), llama._turns.change():
+            held.set()
+            release.wait()
+
+    other = threading.Thread(target=hold, daemon=True)
+    context = llama.disable_edits()
+    context.__enter__()
+    other.start()
+    held.wait()
+    threading.Timer(0.2, lambda: (signal.raise_signal(signal.SIGINT), time.sleep(0.2), release.set())).start()
+    with pytest.raises(KeyboardInterrupt):
+        context.__exit__(None, None, None)
+    other.join(10)
+    assert llama.active_packs == ["default"]
+    assert _together(llama.rollback) == []
+
+
+def test_threads_that_come_and_go_let_a_change_through(llama):
+    _edit(llama)
+    stop = threading.Event()
+
+    def disable():
+        while not stop.is_set():
+            with llama.disable_edits():
+                time.sleep(0.01)
+
+    def change():
+        time.sleep(0.05)
+        llama.rollback()
+        stop.set()
+
+    assert _together(disable, disable, disable, change) == []
+    assert llama.packs == {}
+
+
+def test_nobody_waits_for_a_pack_that_is_being_fetched(llama, tmp_path, monkeypatch):
+    _edit(llama, FACTS[0], method="memit")
+    pack = llama.packs["default"]
+    llama.rollback()
+    fetching, looked = threading.Event(), threading.Event()
+
+    def slowly(*_, **__):
+        fetching.set()
+        assert looked.wait(30)
+        return pack
+
+    def look():
+        fetching.wait()
+        with llama.disable_edits():
+            looked.set()
+
+    monkeypatch.setattr(type(pack), "from_pretrained", slowly)
+    assert _together(lambda: llama.load_pack("me/lyon"), look) == []
+    assert llama.active_packs == ["default"]
+
+
+def test_merging_where_edits_are_disabled_is_refused(llama):
+    _edit(llama)
+    with llama.disable_edits(), pytest.raises(MergeError, match="leave that context"):
+        llama.merge_and_unload()
     assert llama.active_packs == ["default"]
 
 
