@@ -710,9 +710,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             MergeError: edits in force that are no change of weights, or weights that can't take one.
         """
         if self._turns.clean:
-            raise MergeError(
-                "the edits are disabled (disable_edits), so there is nothing to merge: merge outside of that context"
-            )
+            raise MergeError("the edits are disabled (disable_edits), so there is nothing to merge: leave that context first")
         for name in self._active:
             if not self._packs[name].in_weights:
                 raise MergeError(
