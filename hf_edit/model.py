@@ -178,8 +178,8 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
     ) -> None:
         """Write packs: "default" into the folder itself, others into subfolders of their names. Never the base weights.
 
-        Each pack is replaced whole, however the save ends. Several take effect together: an error leaves all as they were, and
-        so does a kill, unless it falls between the renamings, one a pack, that follow when all are written.
+        Each pack is replaced whole, however the save ends, and several take effect together. Where a kill fell while the new
+        files were being moved, the next load or save by the same user completes that; to others the pack is damaged until then.
 
         Args:
             selected_packs: their names; by default all.
@@ -228,7 +228,6 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
 
     # --- editing ------------------------------------------------------------------------------------------------------
 
-    @_one_at_a_time
     def edit(
         self,
         facts: Any,
@@ -261,9 +260,34 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             ValueError: a fact or a setting is wrong.
             UnsupportedArchitectureError: the method can't edit this model.
         """
-        how = get_method(method)
+        settings = get_method(method).config_class.combine(config, config_overrides)
         check_name(pack_name)
-        settings = how.config_class.combine(config, config_overrides)
+        explicit = config.to_dict() if isinstance(config, EditConfig) else dict(config or {})
+        given = {**explicit, **config_overrides}
+        state: tuple[dict[str, EditPack], tuple[str, ...]] | None = None
+        try:
+            with self._turns.change():
+                state = self._packs.copy(), self._active
+                return self._edit(facts, method, settings, given, pack_name, on_conflict, verify, seed, progress)
+        except BaseException:
+            if state is not None:
+                with self._turns.lock:
+                    self._put(*state)
+            raise
+
+    def _edit(
+        self,
+        facts: Any,
+        method: str,
+        settings: EditConfig,
+        given: Mapping[str, Any],
+        pack_name: str,
+        on_conflict: str,
+        verify: bool,
+        seed: int,
+        progress: bool,
+    ) -> EditReport:
+        """See `edit`; on an error the caller puts back what was active."""
         previous = self._packs.get(pack_name)
         inactive = previous.facts if previous is not None and pack_name not in self._active else ()
         wanted = resolve_conflicts(read_facts(facts), [*self.list_edits(), *inactive], on_conflict)
@@ -274,31 +298,25 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
                 f"model.edit(..., method={method!r}, pack_name={method!r})"
             )
         if previous is not None:
-            explicit = config.to_dict() if isinstance(config, EditConfig) else dict(config or {})
-            settings = settings.joining(previous.config, {**explicit, **config_overrides})
+            settings = settings.joining(previous.config, given)
         if not wanted:
             return EditReport(method, pack_name, (), 0.0, notes=("all of these facts are in force already",))
 
         started = time.perf_counter()
         before = self._ask(wanted, progress) if verify else None
         asked = time.perf_counter() - started
-        state = self._packs.copy(), self._active
-        try:
-            if replaced := superseded(self.list_edits(), wanted):
-                self._put(*self._without(replaced, progress))
-            pack = self._fit(wanted, method, settings, pack_name, seed, progress)
-            fitted = time.perf_counter() - started - asked
-            active = (*(n for n in self._active if n != pack_name), pack_name)
-            self._put(relinked({**self._packs, pack_name: pack}, active), active)
-            after = self._ask(wanted, progress) if verify else None
-            health = self._check_health() if verify and pack.in_weights else {}
-            results = _results(wanted, before, after, pack.fit.notes)
-            report = EditReport(method, pack_name, results, fitted, time.perf_counter() - started - fitted, **health)
-            self._measured = [({pack_name: self._packs[pack_name]}, report)]
-            return report
-        except BaseException:
-            self._put(*state)
-            raise
+        if replaced := superseded(self.list_edits(), wanted):
+            self._put(*self._without(replaced, progress))
+        pack = self._fit(wanted, method, settings, pack_name, seed, progress)
+        fitted = time.perf_counter() - started - asked
+        active = (*(n for n in self._active if n != pack_name), pack_name)
+        self._put(relinked({**self._packs, pack_name: pack}, active), active)
+        after = self._ask(wanted, progress) if verify else None
+        health = self._check_health() if verify and pack.in_weights else {}
+        results = _results(wanted, before, after, pack.fit.notes)
+        report = EditReport(method, pack_name, results, fitted, time.perf_counter() - started - fitted, **health)
+        self._measured = [({pack_name: self._packs[pack_name]}, report)]
+        return report
 
     def _check_health(self) -> dict[str, Any]:
         """Perplexity on the model's own text before all edits and now, for the report; warns of a collapse."""
@@ -783,8 +801,6 @@ def packs_in(folder: Path, pack_name: str = "default") -> dict[str, EditPack]:
     if not packs and (folder / "config.json").exists():
         return {}  # a model; packs that happen to lie below it were not asked for
     for child in subpacks(folder):
-        if child.is_symlink():
-            raise PackSecurityError(f"{child} is a link; a pack reads its own files only. Load that pack by its own name")
         if child.name in packs:
             raise ConflictingEditsError(
                 f"{folder} has a pack {child.name!r} of its own; pass another pack_name for the main one"

@@ -337,7 +337,9 @@ class EditPack(PushToHub):
         _check_there(at, pack_name)
         folder = _below(at.folder, pack_name)
         others = {"other_packs": [name for name in pack_names(at.folder) if name != pack_name]}
-        config = {**_read_config(folder), **others}
+        config = _read_config(folder)
+        _check_unchanged(config, folder)
+        config |= others
         origin = {} if at.repo_id is None else {"repo_id": at.repo_id, "revision": at.revision}
         if at.repo_id is not None and not located(folder, TENSORS_FILE).exists():
             tensors, size = safetensors_header(at, _in_repo(pack_name, TENSORS_FILE), token)
@@ -404,10 +406,7 @@ class EditPack(PushToHub):
             raise PackFormatError(f"{folder / CONFIG_FILE}: {error}") from error
         fit = Fit(tensors, tuple(config["modules"]), facts)
         method.validate(fit, settings, None)
-        if config["config_sha256"] != json_digest({k: v for k, v in config.items() if k != "config_sha256"}):
-            raise PackFormatError(
-                f"{folder / CONFIG_FILE} was changed since the pack was saved (its hash differs): get it again"
-            )
+        _check_unchanged(config, folder)
         base = {key: config[key] for key in _BASE_KEYS}
         return cls(config["method"], settings, fit, base, config["seed"], config["versions"], config["parent"])
 
@@ -438,6 +437,8 @@ def _in_repo(pack_name: str, file: str) -> str:
 
 def _check_there(at: Snapshot, pack_name: str) -> None:
     """Say what there is instead of a pack that is not there."""
+    if pack_name != "default" and os.path.lexists(at.folder / pack_name):
+        _check_subfolder(at.folder / pack_name)
     if located(_below(at.folder, pack_name), CONFIG_FILE).exists() or (at.repo_id is None and pack_name == "default"):
         return
     missing = f"{at.name} holds no edit pack" + ("" if pack_name == "default" else f" {pack_name!r}")
@@ -447,15 +448,33 @@ def _check_there(at: Snapshot, pack_name: str) -> None:
 
 
 def pack_names(folder: Path) -> list[str]:
-    """The names of the packs in a local folder: "default" for its own, then those of its subfolders, whose names never begin
-    with a dot."""
+    """The names of the packs in a local folder: "default" for its own, then those of its subfolders."""
     return ["default"] * located(folder, CONFIG_FILE).exists() + [path.name for path in subpacks(folder)]
 
 
 def subpacks(folder: Path) -> list[Path]:
-    """The subfolders that hold a pack, by name."""
-    below = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in below if located(path, CONFIG_FILE).exists())
+    """The subfolders that hold a pack, by name; dot folders are none.
+
+    Raises:
+        PackFormatError: one has a name that no pack can have, or that of the folder's own pack, "default".
+        PackSecurityError: one is a link.
+    """
+    below = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    found = [path for path in below if located(path, CONFIG_FILE).exists()]
+    for path in found:
+        _check_subfolder(path)
+    return found
+
+
+def _check_subfolder(path: Path) -> None:
+    if path.is_symlink():
+        raise PackSecurityError(f"{path} is a link; a pack reads its own files only. Load what it points to by its own path")
+    try:
+        check_name(path.name)
+    except ValueError as error:
+        raise PackFormatError(f"{path}: {error}; rename the folder") from error
+    if path.name == "default":
+        raise PackFormatError(f"{path} has the name of the pack that lies in {path.parent} itself; rename the folder")
 
 
 _BASE_KEYS = (
@@ -514,7 +533,8 @@ def _read(folder: Path, name: str, limit: int) -> bytearray:
             raise PackFormatError(f"{error}: the pack is incomplete") from error
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder}") from error
-        raise PackFormatError(f"{error}: it holds no edit pack, or an incomplete one") from error
+        named = f"; there are packs in it: {', '.join(names)} (pack_name=...)" if (names := pack_names(folder)) else ""
+        raise PackFormatError(f"{error}: it holds no edit pack, or an incomplete one{named}") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -530,6 +550,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not good(config[key]):
             raise PackFormatError(f"{path}: {key!r} is out of range or no such thing: {config[key]!r:.120}")
     return config
+
+
+def _check_unchanged(config: Mapping[str, Any], folder: Path) -> None:
+    if config["config_sha256"] != json_digest({k: v for k, v in config.items() if k != "config_sha256"}):
+        raise PackFormatError(f"{folder / CONFIG_FILE} was changed since the pack was saved (its hash differs): get it again")
 
 
 def _is_count(value: Any, most: int) -> bool:
@@ -557,7 +582,9 @@ def _read_facts(folder: Path, config: Mapping[str, Any]) -> tuple[Fact, ...]:
     path = folder / FACTS_FILE
     data = _read(folder, FACTS_FILE, _MAX_FACTS_BYTES)
     if hashlib.sha256(data).hexdigest() != config["facts_sha256"]:
-        raise PackFormatError(f"{path} is not the file that the pack was saved with (its hash differs): get it again")
+        raise PackFormatError(
+            f"{path} is not the file that the pack was saved with (its hash differs): get it again, or save it again"
+        )
     if data.count(b"\n") > 2 * _MAX_FACTS:
         raise PackFormatError(f"{path} holds more lines than any edit pack")
     lines = [line for line in data.split(b"\n") if line.strip()]
@@ -582,7 +609,9 @@ def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Te
     path = folder / TENSORS_FILE
     data = _read(folder, TENSORS_FILE, _MAX_TENSOR_BYTES)
     if hashlib.sha256(data).hexdigest() != config["tensors_sha256"]:
-        raise PackFormatError(f"{path} is not the file that the pack was saved with (its hash differs): get it again")
+        raise PackFormatError(
+            f"{path} is not the file that the pack was saved with (its hash differs): get it again, or save it again"
+        )
     metadata, tensors = read_tensors(data, path)
     if metadata.get("hf_edit_format") != str(FORMAT_VERSION):
         raise PackFormatError(f"{path} is no tensor file of an edit pack (its header does not say so)")

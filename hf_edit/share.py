@@ -26,6 +26,7 @@ class PackFolder(PushToHub):
     Raises:
         FileNotFoundError: there is no such folder.
         PackFormatError: it holds no pack, or a pack is damaged.
+        PackSecurityError: a pack or one of its files is a link to somewhere else.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

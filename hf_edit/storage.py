@@ -6,10 +6,11 @@ moved there one by one. A reader finds the old pack before that step and the new
 The next save finishes what a cut-off one left, whichever of several writers it is. Several packs of a folder take effect in
 the same step: the renamed folder holds one subfolder for each.
 
-The name after `.incoming-` is a keyed hash of the folder's path, and the key never leaves the user's cache. So a folder that
-came from elsewhere can't contain files that count before the ones in plain sight, and nothing but our own saves is ever moved.
-To anyone without the key (another user, or a machine with another cache) a save that is under way is a pack whose hashes
-don't match: it is refused, never half read.
+The name after `.incoming-` is a keyed hash of the folder's path and of the configuration that the save replaces, and the key
+never leaves the user's cache. So a folder that came from elsewhere can't contain files that count before the ones in plain
+sight, nothing but our own saves is ever moved, and a save that was cut off is forgotten once something else was saved there.
+To anyone without the key (another user, another cache, a copy of the folder) a save that was cut off while its files were moved
+is a pack whose hashes don't match: it is refused, never half read, and has to be saved again.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ T = TypeVar("T")
 
 _INCOMING = ".incoming-"
 _SAVING = ".saving-"
+_LAST = ("edit_config.json", "editor_config.json")  # what a save puts in place last
+_MAX_LAST = 1 << 20
 _KEY_BYTES = 32
 _MAX_HEADER = 1 << 24
 _ABANDONED = 3600.0  # seconds after which what a killed save left behind is swept away
@@ -62,8 +65,12 @@ def located(folder: Path, name: str) -> Path:
 
 def _incoming(folder: Path) -> Path:
     """Where a finished save has a folder's files, until they are put in place."""
-    path = os.fsencode(os.path.realpath(folder))
-    return folder / (_INCOMING + hmac.digest(_key(_key_file()), path, "sha256").hex()[:32])
+    said = hashlib.sha256(os.fsencode(os.path.realpath(folder)))
+    for name in _LAST:
+        path = folder / name
+        is_file = path.is_file() and not path.is_symlink()
+        said.update(hashlib.sha256(path.read_bytes() if is_file and path.stat().st_size <= _MAX_LAST else b"").digest())
+    return folder / (_INCOMING + hmac.digest(_key(_key_file()), said.digest(), "sha256").hex()[:32])
 
 
 def _key_file() -> Path | None:
@@ -302,6 +309,9 @@ def _sweep(folder: Path) -> None:
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > _ABANDONED:
                 shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f"{_INCOMING}*"):
+        with suppress(OSError):
+            path.rmdir()  # where it is empty: all had been moved
 
 
 def _settle(staging: Path, folder: Path) -> None:
@@ -322,14 +332,18 @@ def _commit(staging: Path, folder: Path) -> None:
     if _from_above(folder).is_dir():
         _put_in_place(folder.parent)  # an earlier save of several packs, which would come after this one otherwise
     while True:
+        incoming = _incoming(folder)
         try:
-            os.rename(staging, _incoming(folder))
-            return
+            os.rename(staging, incoming)
         except OSError as error:
-            if error.errno not in _OCCUPIED or not _incoming(folder).is_dir():
+            if error.errno not in _OCCUPIED or not incoming.is_dir():
                 raise
-        if not _put_in_place(folder):
-            raise PermissionError(f"{_incoming(folder)} is left from another save and can't be moved away")
+            if not _put_in_place(folder):
+                raise PermissionError(f"{incoming} is left from another save and can't be moved away") from error
+            continue
+        if _incoming(folder) == incoming:
+            return
+        staging = incoming  # another writer's configuration came into place meanwhile
 
 
 def _put_in_place(folder: Path) -> bool:
@@ -340,7 +354,7 @@ def _put_in_place(folder: Path) -> bool:
 def _move(incoming: Path, folder: Path) -> bool:
     moved = False
     with suppress(FileNotFoundError, NotADirectoryError):
-        for path in sorted(incoming.iterdir(), key=lambda path: path.suffix == ".json"):  # the configuration last
+        for path in sorted(incoming.iterdir(), key=lambda path: path.name in _LAST):
             if path.is_dir() and not path.is_symlink():
                 _make(folder / path.name)
                 moved |= _move(path, folder / path.name)

@@ -296,6 +296,36 @@ def test_a_save_under_way_is_never_half_read_by_another_user(world, two, tmp_pat
     assert set(seen) == {*digests, "refused"}
 
 
+def _cut_off(pack, folder, after):
+    """A save that is killed when so many of its files have been moved into place."""
+    replace, moved = Path.replace, []
+
+    def stop(*arguments):
+        if len(moved) == after:
+            raise KeyboardInterrupt
+        moved.append(replace(*arguments))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_cut_off_save_is_forgotten_once_something_else_was_saved_there(two, tmp_path, monkeypatch, after):
+    """By another user, or by copying files over it."""
+    one, other = two
+    one.save_pretrained(tmp_path / "pack")
+    _cut_off(other, tmp_path / "pack", after)
+    assert EditPack.from_pretrained(tmp_path / "pack") == other
+    third = other.remove([str(FACTS[1].id)])
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_edit.storage, "_key", lambda _: b"another")
+        third.save_pretrained(tmp_path / "pack")
+        assert EditPack.from_pretrained(tmp_path / "pack") == third
+    assert EditPack.from_pretrained(tmp_path / "pack") == third
+
+
 @pytest.mark.parametrize("damage", ["none", "short", "folder"])
 def test_the_key_of_saves_is_kept_in_the_cache_and_made_anew_when_damaged(two, tmp_path, monkeypatch, damage):
     monkeypatch.setenv("HF_EDIT_CACHE", str(tmp_path / "cache"))

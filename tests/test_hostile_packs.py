@@ -105,6 +105,34 @@ def test_a_card_that_is_a_link_is_not_shared(world, pack, tmp_path):
         PackFolder(pack)._write_for_hub(tmp_path / "upload", "me/lyon")
 
 
+@pytest.mark.parametrize("name", ["default", "a:b", "x" * 65])
+def test_a_subfolder_whose_name_no_pack_may_have_is_refused_however_it_is_read(world, pack, name):
+    """Also "default", which is the pack in the folder itself: it would be loaded, and inspecting would not show it."""
+    for own in (True, False):
+        shutil.copytree(world.folder / "lks", pack / name)
+        for read in (EditPack.inspect, EditableModelForCausalLM.from_pretrained, PackFolder):
+            with pytest.raises(PackFormatError, match="rename the folder"):
+                read(pack)
+        shutil.rmtree(pack / name)
+        if own:
+            for path in pack.iterdir():
+                path.unlink()
+
+
+def test_inspecting_refuses_a_configuration_that_was_changed(world, pack):
+    path = pack / "edit_config.json"
+    path.write_text(path.read_text().replace('"num_facts": 4', '"num_facts": 999'))
+    for read in (EditPack.inspect, EditPack.from_pretrained):
+        with pytest.raises(PackFormatError, match=r"hash differs|999"):
+            read(pack)
+
+
+def test_a_folder_of_packs_names_them_where_it_has_none_of_its_own(world, tmp_path):
+    shutil.copytree(world.folder / "lks", tmp_path / "packs" / "lyon")
+    with pytest.raises(PackFormatError, match=r"there are packs in it: lyon"):
+        EditPack.from_pretrained(tmp_path / "packs")
+
+
 def test_packs_that_load_along_with_one_are_named_when_it_is_inspected(world, pack):
     shutil.copytree(world.folder / "lks", pack / "more")
     shutil.copytree(world.folder / "lks", pack / ".hidden")
@@ -162,8 +190,15 @@ def test_links_within_the_pack_and_into_the_hubs_cache_are_followed(world, pack,
 def test_a_link_in_a_subfolders_place(world, pack, tmp_path):
     shutil.copytree(world.folder / "lks", tmp_path / "elsewhere")
     (pack / "more").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(PackSecurityError, match="is a link"):
-        EditableModelForCausalLM.from_pretrained(pack)
+    for read in (
+        EditableModelForCausalLM.from_pretrained,
+        EditPack.inspect,
+        PackFolder,
+        lambda folder: EditPack.from_pretrained(folder, pack_name="more"),
+        lambda folder: EditPack.inspect(folder, pack_name="more"),
+    ):
+        with pytest.raises(PackSecurityError, match="is a link"):
+            read(pack)
 
 
 def test_a_file_where_a_folder_is_expected(world, pack):
