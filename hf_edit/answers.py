@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -17,7 +18,7 @@ from .progress import bar
 from .suffix import SuffixCache, frozen
 from .texts import generate_ids
 
-__all__ = ["Score", "answer_lengths", "greedy", "mentions", "says", "score_targets", "target_probabilities"]
+__all__ = ["Score", "answer_lengths", "greedy", "mentions", "room", "says", "score_targets", "target_probabilities"]
 
 _LEAD = 4  # tokens that an answer may begin with before its target, such as "the city of"
 _STEP = 16  # answers longer than the shortest are read in steps of so many tokens, so that they form few batches
@@ -27,13 +28,26 @@ _READS = 1024  # positions that one forward reads logits at: 200 MB at a vocabul
 def answer_lengths(base: Base, texts: Sequence[Text], least: int) -> list[int]:
     """How many tokens of an answer to read, so that each text's target fits in: `least`, and more for long targets only.
 
+    A prompt and its answer never take more positions than the model has.
+
     Args:
         texts: each with a target.
         least: tokens of an answer to a short target.
     """
     lead, step = min(_LEAD, least - 1), min(_STEP, least)
-    needed = (len(text.labels) + lead for text in encode(base.tokenizer, texts))
-    return [least + step * math.ceil(max(0, tokens - least) / step) for tokens in needed]
+
+    def length(text: EncodedText) -> int:
+        beyond = max(0, len(text.labels) + lead - least)
+        return min(least + step * math.ceil(beyond / step), room(base, text))
+
+    return [length(text) for text in encode(base.tokenizer, texts)]
+
+
+def room(base: Base, text: EncodedText) -> int:
+    """How many tokens a model can write after a text's prompt: as many as it has positions left, and at least one."""
+    config = base.model.config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return max(1, positions - text.target[0]) if positions else sys.maxsize
 
 
 def greedy(

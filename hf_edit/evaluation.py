@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
-from .answers import answer_lengths, score_targets
+from .answers import answer_lengths, room, score_targets
 from .base import Base
 from .bootstrap import bootstrap, paired_bootstrap
 from .facts import Fact, Question
@@ -160,7 +160,8 @@ def _ask_clean(
     answered = [q for q in kept if q.target]
     wholes = [join(q.prompt, str(q.target)) for q in answered]
     texts = [Text(whole, None, (len(q.prompt), len(whole))) for q, whole in zip(answered, wholes, strict=True)]
-    lengths |= {q: len(text.labels) for q, text in zip(answered, encode(base.tokenizer, texts), strict=True)}
+    encoded = encode(base.tokenizer, texts)
+    lengths |= {q: min(len(text.labels), room(base, text)) for q, text in zip(answered, encoded, strict=True)}
     wanted = _longest([*(pair for ask in asks for pair in ask.clean), *((q.prompt, n) for q, n in lengths.items())])
     if not wanted:
         return clean, lengths

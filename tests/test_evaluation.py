@@ -9,7 +9,7 @@ from conftest import FACTS, QUICK_LKS, QUICK_STEAM, same, snapshot, tiny_model
 
 import hf_edit.evaluation as evaluation
 from hf_edit import EditableModelForCausalLM, Fact, Question
-from hf_edit.answers import Score, mentions, score_targets
+from hf_edit.answers import Score, answer_lengths, mentions, score_targets
 from hf_edit.base import Base
 from hf_edit.bootstrap import bootstrap, paired_bootstrap
 from hf_edit.metrics import Readings, available_metrics
@@ -330,6 +330,28 @@ def test_a_long_target_counts_as_said_wherever_it_is_said(llama, monkeypatch):
     assert found.answer == f" {long} and"
     assert short.scores["efficacy.said"] == 0
     assert read[FACTS[1].question] == 20
+
+
+def test_an_answer_is_never_read_beyond_the_positions_that_the_model_has(tokenizer):
+    model = EditableModelForCausalLM(tiny_model("gpt2"), tokenizer)
+    positions = model.config.n_positions
+    question = Question("Where is it?", "Tokyo" + " Tokyo" * 299)
+    fact = Fact("France", "The capital of {} is", "Tokyo" + " Tokyo" * (positions - 20), portability=(question,))
+    report = model.evaluate([fact], metrics=["portability"], progress=False)
+    assert report.rows[0].scores
+    assert len(model._ask([fact], progress=False)) == 1
+    kept = fact.replace(locality=(question,), portability=())
+    assert model.evaluate([kept], metrics=["locality"], progress=False).rows[0].scores is not None
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "mpt"])
+def test_a_prompt_and_its_answer_fit_into_the_models_positions_where_it_has_a_limit(architecture, tokenizer):
+    base = Base(tiny_model(architecture), tokenizer)
+    prompts = ["Yes" + " Tokyo" * more for more in (1, 248, 254, 300)]
+    texts = [Text(f"{p} Tokyo", None, (len(p), len(p) + 6)) for p in prompts]
+    assert [encoded.target[0] for encoded in encode(tokenizer, texts)] == [2, 249, 255, 301]
+    limited = [16, 16, 16, 16] if architecture == "mpt" else [16, 7, 1, 1]
+    assert answer_lengths(base, texts, 16) == limited
 
 
 def test_what_the_unedited_model_says_is_asked_once_and_reused(llama, monkeypatch):
