@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-__all__ = ["check_columns", "fact_fields", "question_pairs"]
+__all__ = ["FIELDS", "check_columns", "fact_fields", "question_pairs"]
 
 # The fields of `Fact`, each with its names in the datasets. Fields that are lists take all of their names at once.
 _NAMES = {
@@ -39,7 +40,9 @@ _REWRITES = "requested_rewrite"
 _OF_CHAINS = {"questions", "new_answer"}  # MQuAKE's multi-hop questions, beside the rewrites
 
 _USED = {name for names in _NAMES.values() for name in names} | {n for pairs in _PAIRED.values() for p in pairs for n in p}
-_FLAT = _USED - _OF_CHAINS - {"question"} | {_REWRITES}
+FIELDS = _USED - _OF_CHAINS - {"question"} | {_REWRITES}  # of a record, but for MQuAKE's questions
+# What stands beside several rewrites and follows from all of them; any other field belongs to one of them.
+_OF_ALL = {"source", "portability"} | {name for pair in _PAIRED["portability"] for name in pair}
 # Further fields of the datasets, which are accepted and not read.
 _UNUSED = {"case_id", "pararel_idx", "relation_id", "attribute_prompts", "generation_prompts", "cond"}
 _UNUSED_OF_ZSRE = {"pred", "answers"}  # another model's answer, and the true ones
@@ -65,7 +68,7 @@ def fact_fields(record: Any) -> list[dict[str, Any]]:
     if record.get(_REWRITES) in (None, ""):
         check_columns(record)
         return [_fields(_given(record))]
-    _check_names(record, _FLAT | _OF_CHAINS, _UNUSED | _UNUSED_OF_CHAINS)
+    _check_names(record, FIELDS | _OF_CHAINS, _UNUSED | _UNUSED_OF_CHAINS)
     return _fields_of_rewrites(_given(record))
 
 
@@ -75,7 +78,7 @@ def check_columns(names: Collection[str]) -> None:
     Raises:
         ValueError: one is unknown; the message names it, and the nearest that is known.
     """
-    _check_names(names, _FLAT, _UNUSED | _UNUSED_OF_ZSRE if "src" in names else _UNUSED)
+    _check_names(names, FIELDS, _UNUSED | _UNUSED_OF_ZSRE if "src" in names else _UNUSED)
 
 
 def question_pairs(value: Mapping[str, Any]) -> list[tuple[Any, Any]]:
@@ -88,9 +91,11 @@ def question_pairs(value: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     found = _given(value)
     if not found:
         return []
-    prompt = next((found[name] for name in _PROMPT if name in found), None)
-    answer = next((found[name] for name in _ANSWER if name in found), None)
-    return _paired(prompt, answer, "a question")
+    prompt = _single({name: found[name] for name in _PROMPT if name in found}, "the question gives its prompt")
+    answers = {name: found[name] for name in _ANSWER if name in found}
+    if isinstance(prompt, str):
+        answers = _words(answers)
+    return _paired(prompt, _single(answers, "the question gives its answer"), "a question")
 
 
 def _fields_of_rewrites(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -103,7 +108,7 @@ def _fields_of_rewrites(record: dict[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(f"{_REWRITES} is a mapping or a list of mappings, not {rewrites!r:.80}")
     base = record.pop("id", f"{dataset}-{case}" if case is not None else None)
     if len(rewrites) > 1:
-        for name in (name for field in ("aliases", "rephrases", "references") for name in _NAMES[field] if name in record):
+        for name in (name for name in record if name in _USED - _OF_ALL):
             raise ValueError(f"{name!r} of a record with {len(rewrites)} rewrites belongs to one of them: move it there.")
     shared = {"source": record["source"]} if "source" in record else {}
     found = []
@@ -117,7 +122,7 @@ def _fields_of_rewrites(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _joined(record: Mapping[str, Any], rewrite: Mapping[str, Any]) -> dict[str, Any]:
     """A rewrite and what stands beside it, as one record."""
-    _check_names(rewrite, _FLAT - {_REWRITES} | {"question"}, _UNUSED)
+    _check_names(rewrite, FIELDS - {_REWRITES} | {"question"}, _UNUSED)
     found = _given(rewrite)
     for name in found.keys() & record.keys() - _UNUSED:
         if found[name] != record[name]:
@@ -141,8 +146,11 @@ def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
         fields[name] = _questions(_from_cell(record, name), name)
         for prompts, answers in _PAIRED[name]:
             if prompts in record or answers in record:
-                what = f"{prompts!r} with {answers!r}"
-                fields[name] += _paired(_from_cell(record, prompts), _from_cell(record, answers), what)
+                if name == "portability" and answers not in record:
+                    raise ValueError(f"{prompts!r} has no {answers!r}: a portability question is scored by its answer")
+                fields[name] += _paired(
+                    _from_cell(record, prompts), _from_cell(record, answers), f"{prompts!r} with {answers!r}"
+                )
     near = _questions(_from_cell(record, "neighborhood_prompts"), "neighborhood_prompts")
     fields["locality"] += [(q, fields["target_old"]) if isinstance(q, str) else q for q in near]  # they ask for the old object
     references = _from_cell(record, "references")
@@ -153,10 +161,21 @@ def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
 def _check_names(names: Iterable[Any], used: Collection[str], unused: Collection[str]) -> None:
     for name in names:
         if name not in used and name not in unused:
-            near = difflib.get_close_matches(str(name)[:80].strip().casefold(), used, n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else "."
             fields = [field for field in _NAMES if field in used] or used
+            meant = _meant(name, used)
             raise ValueError(f"unknown field {name!r:.80}{meant} Rename or drop it. The fields are: {', '.join(fields)}.")
+
+
+def _meant(name: Any, used: Collection[str]) -> str:
+    """The end of a sentence about an unknown name: the known one that is spelt alike, or has its words in another order."""
+    given = str(name)[:80].strip().casefold()
+    near = difflib.get_close_matches(given, used, n=1, cutoff=0.8)
+    near = near or [other for other in used if _split(other) == _split(given)]
+    return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def _split(name: str) -> list[str]:
+    return sorted(re.findall(r"[^\W_]+", name.casefold()))
 
 
 def _given(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,11 +187,20 @@ def _one(record: Mapping[str, Any], field: str) -> Any:
     """The value of a field that holds one text."""
     found = {name: record[name] for name in _NAMES[field] if name in record}
     if field in ("target", "target_old"):
-        found = {name: word for name, value in found.items() if (word := _word(value, name)) is not None}
+        found = _words(found)
+    return _single(found, f"the record gives {field}")
+
+
+def _single(found: Mapping[str, Any], what: str) -> Any:
+    """The one value under several names."""
     values = list(found.values())
-    if any(value != values[0] for value in values):
-        raise ValueError(f"the record gives {field} twice: {' and '.join(f'{n!r}: {v!r:.80}' for n, v in found.items())}")
+    if any(value != values[0] for value in values[1:]):
+        raise ValueError(f"{what} twice: {' and '.join(f'{n!r}: {v!r:.80}' for n, v in found.items())}")
     return values[0] if values else None
+
+
+def _words(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: word for name, value in found.items() if (word := _word(value, name)) is not None}
 
 
 def _word(value: Any, name: str) -> Any:
@@ -218,8 +246,13 @@ def _questions(value: Any, name: str) -> list[Any]:
     items = _listed(value)
     if isinstance(value, Mapping) and not {*_PROMPT, *_ANSWER} & {key for key, held in value.items() if held is not None}:
         groups = _given(value)
-        if text := next((kind for kind, group in groups.items() if isinstance(group, str)), None):
-            raise ValueError(f"{name}: {text!r:.80} is neither a question's prompt or target nor a group of questions")
+        for kind, group in groups.items():
+            if not all(isinstance(question, Mapping) for question in _listed(group)):
+                meant = _meant(kind, (*_PROMPT, *_ANSWER))
+                raise ValueError(
+                    f"{name}: {kind!r:.80} is neither a question's prompt nor its target{meant} A group of questions holds "
+                    f"mappings with prompt and target, not {group!r:.80}."
+                )
         items = [question for group in groups.values() for question in _listed(group)]
     return [question for item in items for question in (question_pairs(item) if isinstance(item, Mapping) else [item])]
 
@@ -227,7 +260,7 @@ def _questions(value: Any, name: str) -> list[Any]:
 def _paired(prompts: Any, answers: Any, what: str) -> list[tuple[Any, Any]]:
     """Prompts and answers as pairs; an answer may be the first of several accepted ones."""
     if prompts is None:
-        raise ValueError(f"{what} has an answer and no prompt")
+        raise ValueError(f"{what} has no prompt")
     if isinstance(prompts, str):
         prompts, answers = [prompts], [answers]
     elif not isinstance(prompts, (list, tuple)):

@@ -251,7 +251,6 @@ def test_ids_of_qaedit_are_unique_although_each_of_its_sources_counts_anew():
         ({**ANN, "question": "Where does Ann live?"}, "unknown field 'question'"),
         ({**ANN, "rephases": None}, "unknown field 'rephases'"),
         ({**ANN, "locality": [{"prompt": "Bob lives in", "traget": "Bonn"}]}, "'traget'; did you mean 'target'"),
-        ({**ANN, "locality": {"promt": "Bob lives in"}}, "'promt' is neither"),
         ({"requested_rewrite": {**ANN, "target_neu": "Rome"}}, "'target_neu'; did you mean 'target_new'"),
         ({**MQUAKE, "quetions": []}, "'quetions'; did you mean 'questions'"),
         ({**ANN, "target_new": "Bergen"}, "gives target twice: 'target': 'Oslo' and 'target_new': 'Bergen'"),
@@ -269,6 +268,81 @@ def test_ids_of_qaedit_are_unique_although_each_of_its_sources_counts_anew():
 def test_a_field_that_would_be_lost_is_an_error_that_says_what_to_write(record, message):
     with pytest.raises(ValueError, match=f"^facts, record 2: .*{message}"):
         read_facts([ANN, record])
+
+
+@pytest.mark.parametrize(
+    ("locality", "message"),
+    [
+        ({"promt": "Bob lives in"}, "'promt' is neither a question's prompt nor its target; did you mean 'prompt'"),
+        (
+            {"promt": ["Bob lives in"], "taget": ["Rome"]},
+            "'promt' is neither a question's prompt nor its target; did you mean 'prompt'",
+        ),
+        ({"neighborhood": ["Bob lives in"]}, "A group of questions holds mappings with prompt and target"),
+        ({"neighborhood": {"promt": ["Bob lives in"]}}, "unknown field 'promt'; did you mean 'prompt'"),
+        ({"Recalled Relation": "(x)"}, "'Recalled Relation' is neither a question's prompt nor its target"),
+    ],
+)
+def test_a_misspelt_key_of_a_question_is_never_taken_for_a_group_of_questions(locality, message):
+    with pytest.raises(ValueError, match=message):
+        Fact.from_dict({**ANN, "locality": locality})
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (
+            {"prompt": "a is", "question": "b is", "target": "x"},
+            "gives its prompt twice: 'prompt': 'a is' and 'question': 'b is'",
+        ),
+        (
+            {"prompt": "a is", "target": "x", "ground_truth": "y"},
+            "gives its answer twice: 'target': 'x' and 'ground_truth': 'y'",
+        ),
+        ({"prompt": ["a is"], "target": ["x"], "ground_truth": ["y"]}, "gives its answer twice"),
+    ],
+)
+def test_a_second_prompt_or_answer_of_a_question_is_an_error_and_an_equal_one_is_not(question, message):
+    with pytest.raises(ValueError, match=message):
+        Fact.from_dict({**ANN, "portability": question})
+    same = {"prompt": "a is", "question": "a is", "target": "x", "ground_truth": ["x"], "answer": []}
+    assert Fact.from_dict({**ANN, "portability": same}).portability == (Question("a is", "x"),)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("old_target", "; did you mean 'target_old'"),
+        ("rephases", "; did you mean 'rephrases'"),
+        ("Subject", "; did you mean 'subject'"),
+        ("New-Target", "; did you mean 'target_new'"),
+        ("object", ". Rename or drop it. The fields are: subject, prompt, target"),
+        ("text", ". Rename or drop it. The fields are: subject, prompt, target"),
+    ],
+)
+def test_the_name_that_is_suggested_is_spelt_alike_or_has_the_same_words(name, message):
+    with pytest.raises(ValueError, match=f"unknown field '{name}'{message}"):
+        Fact.from_dict({**ANN, name: "Rome"})
+
+
+@pytest.mark.parametrize(
+    "field", [{"target_old": "Rome"}, {"ground_truth": "Rome"}, {"locality": "Bob is"}, {"loc": "Bob is"}, {"target": "Rome"}]
+)
+def test_what_belongs_to_one_of_several_rewrites_is_refused_beside_them(field):
+    with pytest.raises(ValueError, match=f"'{next(iter(field))}' of a record with 2 rewrites belongs to one of them"):
+        read_facts([{**MQUAKE, **field}])
+
+
+@pytest.mark.parametrize(
+    ("record", "names"),
+    [
+        ({key: value for key, value in MQUAKE.items() if key != "new_answer"}, "'questions' has no 'new_answer'"),
+        ({**ANN, "portability_prompt": "Who rules?"}, "'portability_prompt' has no 'portability_ground_truth'"),
+    ],
+)
+def test_portability_questions_without_the_field_of_their_answers_are_refused(record, names):
+    with pytest.raises(ValueError, match=names):
+        read_facts([record])
 
 
 def test_a_column_of_none_is_an_absent_field():
