@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import os
+import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -13,9 +15,11 @@ from typing import Any
 
 from .errors import SubjectNotFoundError
 from .facts import Fact
-from .records import check_columns, fact_fields
+from .records import STRUCTURED, check_columns, fact_fields
 
 __all__ = ["read_facts"]
+
+_JSON = re.compile(r"""\s*(\[|\{\s*["']|\{\s*\}\s*$)""")  # how a list or mapping begins, and no prompt does
 
 
 def read_facts(facts: Any) -> list[Fact]:
@@ -75,20 +79,11 @@ def _read_file(path: Path) -> Iterator[tuple[int | None, Any]]:
 def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int | None, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}). Each line of a .jsonl file "
-                    "is a JSON object."
-                ) from error
+            yield number, _parsed(line, path, number, hint=" Each line of a .jsonl file is a JSON object.")
 
 
 def _read_json(path: Path, text: str) -> Iterator[tuple[int | None, Any]]:
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    data = _parsed(text, path)
     if not isinstance(data, (list, dict)):
         raise ValueError(f"{path}: a .json file of facts holds a list of objects, not {type(data).__name__}")
     for record in data if isinstance(data, list) else [data]:
@@ -110,9 +105,59 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[int | None, Any]]:
                 f"{path}, line {number}: no column has a name for the cell {stray!r:.80}. Put a cell that holds a comma in "
                 "double quotes."
             )
-        record = {column: cell for column, cell in cells if cell and column}
+        record = {column: _value(path, number, column, cell) for column, cell in cells if cell and column}
         if record:
             yield number, record
+
+
+def _value(path: Path, line: int, column: str, cell: str) -> Any:
+    """What a cell holds: text, or a list or mapping written as JSON."""
+    if column not in STRUCTURED or not _JSON.match(cell):
+        return cell
+    hint = ' Write a list as ["a", "b"] with double quotes, and a text that begins with a bracket as a list of one.'
+    return _parsed(cell, path, line, f"the cell of {column!r} begins like JSON and is ", hint)
+
+
+def _parsed(text: str, path: Path, line: int | None = None, what: str = "", hint: str = "") -> Any:
+    """A JSON value; an error names its line in the file, which is counted where the text is the whole file."""
+    try:
+        return _load(text)
+    except RecursionError as error:
+        raise ValueError(f"{path}, line {line or _failing_line(text)}: the JSON is nested too deeply") from error
+    except json.JSONDecodeError as error:
+        reason = f"{what}not valid JSON ({error.msg} at column {error.colno})."
+        raise ValueError(f"{path}, line {line or error.lineno}: {reason}{hint}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}, line {line or _failing_line(text)}: {error}") from error
+
+
+def _load(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"a JSON object gives the key {key!r:.80} twice. Rename or drop one.")
+        found[key] = value
+    return found
+
+
+def _failing_line(text: str) -> int:
+    """The first line that makes JSON unreadable, other than by breaking off: a text cut before it only breaks off."""
+    lines = text.split("\n")
+
+    def fails(count: int) -> bool:
+        try:
+            _load("\n".join(lines[:count]))
+        except json.JSONDecodeError:
+            return False
+        except (ValueError, RecursionError):
+            return True
+        return False
+
+    return bisect_left(range(1, len(lines)), True, key=fails) + 1
 
 
 def _rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:

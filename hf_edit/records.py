@@ -7,12 +7,11 @@ differ in what they call a field. An unknown field is an error, because a misspe
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-__all__ = ["FIELDS", "check_columns", "fact_fields", "question_pairs"]
+__all__ = ["FIELDS", "STRUCTURED", "check_columns", "fact_fields", "question_pairs"]
 
 # The fields of `Fact`, each with its names in the datasets. Fields that are lists take all of their names at once.
 _NAMES = {
@@ -41,6 +40,8 @@ _OF_CHAINS = {"questions", "new_answer"}  # MQuAKE's multi-hop questions, beside
 
 _USED = {name for names in _NAMES.values() for name in names} | {n for pairs in _PAIRED.values() for p in pairs for n in p}
 FIELDS = _USED - _OF_CHAINS - {"question"} | {_REWRITES}  # of a record, but for MQuAKE's questions
+_PLAIN = {name for field in ("subject", "prompt", "source", "id") for name in _NAMES[field]}
+STRUCTURED = FIELDS - _PLAIN  # may hold a list or a mapping
 # What stands beside several rewrites and follows from all of them; any other field belongs to one of them.
 _OF_ALL = {"source", "portability"} | {name for pair in _PAIRED["portability"] for name in pair}
 # Further fields of the datasets, which are accepted and not read.
@@ -143,17 +144,15 @@ def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("aliases", "rephrases"):
         fields[name] = [text for key in _NAMES[name] for text in _texts(record, key)]
     for name in ("locality", "portability"):
-        fields[name] = _questions(_from_cell(record, name), name)
+        fields[name] = _questions(record.get(name), name)
         for prompts, answers in _PAIRED[name]:
             if prompts in record or answers in record:
                 if name == "portability" and answers not in record:
                     raise ValueError(f"{prompts!r} has no {answers!r}: a portability question is scored by its answer")
-                fields[name] += _paired(
-                    _from_cell(record, prompts), _from_cell(record, answers), f"{prompts!r} with {answers!r}"
-                )
-    near = _questions(_from_cell(record, "neighborhood_prompts"), "neighborhood_prompts")
+                fields[name] += _paired(record.get(prompts), record.get(answers), f"{prompts!r} with {answers!r}")
+    near = _questions(record.get("neighborhood_prompts"), "neighborhood_prompts")
     fields["locality"] += [(q, fields["target_old"]) if isinstance(q, str) else q for q in near]  # they ask for the old object
-    references = _from_cell(record, "references")
+    references = record.get("references")
     fields["references"] = [] if references is None else _listed(references)
     return fields
 
@@ -214,20 +213,9 @@ def _word(value: Any, name: str) -> Any:
     return None if value == "" else value
 
 
-def _from_cell(record: Mapping[str, Any], name: str) -> Any:
-    """A field's value; a list or mapping may be written as JSON, as it is in a cell of a CSV file."""
-    value = record.get(name)
-    if not isinstance(value, str) or not value.startswith(("[", '{"')):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} begins as JSON does and is not valid JSON ({error}): {value!r:.80}") from error
-
-
 def _texts(record: Mapping[str, Any], name: str) -> list[Any]:
     """A field of several texts as a list; each is checked by `Fact`."""
-    value = _from_cell(record, name)
+    value = record.get(name)
     if value is None or isinstance(value, str):
         return [] if value is None else [value]
     if isinstance(value, Mapping) or not isinstance(value, Iterable):

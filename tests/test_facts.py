@@ -207,7 +207,6 @@ def test_fields_beside_a_rewrite_are_kept():
         {"locality": {"neighborhood": {"prompt": "Who rules?", "ground_truth": ["Bob"]}, "distracting": None}},
         {"locality": {"Relation_Specificity": [{"prompt": "Who rules?", "ground_truth": [["Bob"]]}], "Forgetfulness": []}},
         {"locality": {"neighborhood": {"prompt": ["Who rules?"], "ground_truth": ["Bob"]}}},
-        {"locality": '{"prompt": "Who rules?", "target": "Bob"}'},
         {"neighborhood_prompts": [{"prompt": "Who rules?", "target": "Bob"}]},
         {"neighborhood_prompts": ["Who rules?"], "ground_truth": "Bob"},
     ],
@@ -258,7 +257,6 @@ def test_ids_of_qaedit_are_unique_although_each_of_its_sources_counts_anew():
         ({**ANN, "loc_ans": "c"}, "no prompt"),
         ({**ANN, "locality_prompt": 3}, "a prompt is text, not int"),
         ({**ANN, "locality": [("Who rules?", 3)]}, "a question is"),
-        ({**ANN, "rephrases": "['Ann sits in']"}, "rephrases begins as JSON does and is not valid JSON"),
         ({**ANN, "target": {"string": "Oslo"}}, "target is text, or a mapping with 'str'"),
         ({"requested_rewrite": ["x"]}, "requested_rewrite is a mapping or a list of mappings"),
         ({"requested_rewrite": []}, "requested_rewrite is a mapping or a list of mappings"),
@@ -307,6 +305,15 @@ def test_a_second_prompt_or_answer_of_a_question_is_an_error_and_an_equal_one_is
         Fact.from_dict({**ANN, "portability": question})
     same = {"prompt": "a is", "question": "a is", "target": "x", "ground_truth": ["x"], "answer": []}
     assert Fact.from_dict({**ANN, "portability": same}).portability == (Question("a is", "x"),)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_text_that_begins_with_a_bracket_is_text_outside_a_table(tmp_path, suffix):
+    record = {**ANN, "loc": "[MASK] rules", "rephrases": '{"Ann" lives in', "portability": "[1] Ann is"}
+    for fact in (Fact.from_dict(record), *read_facts(_file(tmp_path, f"f{suffix}", json.dumps(record)))):
+        assert fact.locality == (Question("[MASK] rules"),)
+        assert fact.rephrases == ('{"{}" lives in',)
+        assert fact.portability == (Question("[1] Ann is"),)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +377,7 @@ def _file(tmp_path, name, content):
         ("f.jsonl", json.dumps(ANN) + '\n\n{"subject": \n', "f.jsonl, line 3: not valid JSON"),
         ("f.jsonl", json.dumps(ANN) + '\n\n{"subject": "Ann"}\n', r"f.jsonl, record 2 \(line 3\): .*no 'prompt'"),
         ("f.json", json.dumps([ANN, {"subject": "Ann"}]), "f.json, record 2: .*no 'prompt'"),
-        ("f.json", '[\n{"subject": ]', "f.json: not valid JSON .*line 2"),
+        ("f.json", '[\n{"subject": ]', "f.json, line 2: not valid JSON"),
         ("f.json", "3", "f.json: .*list of objects, not int"),
         ("f.csv", HEADER + '"Ann",{} lives in,"Oslo\nlo"\n\nAnn,,Oslo\n', r"f.csv, record 2 \(line 5\): .*no 'prompt'"),
     ],
@@ -378,6 +385,52 @@ def _file(tmp_path, name, content):
 def test_an_error_in_a_file_names_its_record_and_line(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
         read_facts(_file(tmp_path, name, content))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "the JSON is nested too deeply"),
+        ("1" * 5000, "Exceeds the limit"),
+        ('{"a": 1, "a": 2}', "a JSON object gives the key 'a' twice"),
+    ],
+)
+def test_json_that_cannot_be_read_is_named_by_file_and_line(tmp_path, text, reason):
+    ann = json.dumps(ANN)
+    with pytest.raises(ValueError, match=f"f.jsonl, line 3: {reason}"):
+        read_facts(_file(tmp_path, "f.jsonl", f"{ann}\n\n{text}\n"))
+    with pytest.raises(ValueError, match=f"f.json, line 4: {reason}"):
+        read_facts(_file(tmp_path, "f.json", f"[\n{ann},\n\n{text},\n{ann}]"))
+    cell = f"[{text}".replace('"', '""')
+    with pytest.raises(ValueError, match=f"f.csv, line 3: {reason}"):
+        read_facts(_file(tmp_path, "f.csv", f'subject,prompt,target,loc\n,,,\nAnn,{{}} is,Oslo,"{cell}]"\n'))
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "fields"),
+    [
+        ("target_new", {"str": "Oslo"}, {}),
+        ("target_new", ["Oslo", "Christiania"], {}),
+        ("ground_truth", ["Rome", "Roma"], {"target_old": "Rome"}),
+        ("rephrases", ["Ann sits in"], {"rephrases": ["Ann sits in"]}),
+        ("locality", {"prompt": "Who rules?", "target": "Bob"}, {"locality": [("Who rules?", "Bob")]}),
+        ("locality", {}, {}),
+    ],
+)
+@pytest.mark.parametrize("before", ["", " \n"])
+def test_a_cell_of_a_table_may_hold_a_list_or_a_mapping_as_json(tmp_path, column, cell, fields, before):
+    text = (before + json.dumps(cell)).replace('"', '""')
+    target = "" if column == "target_new" else "Oslo"
+    path = _file(tmp_path, "f.csv", f'subject,prompt,target,{column}\nAnn,{{}} lives in,{target},"{text}"\n')
+    assert read_facts(path) == [Fact(**{**ANN, **fields})]
+
+
+@pytest.mark.parametrize("cell", ["['Oslo']", "{'str': 'Oslo'}", "[MASK] rules"])
+@pytest.mark.parametrize("column", ["target_new", "target_old", "rephrases", "loc"])
+def test_a_cell_that_looks_like_a_python_list_is_refused_with_the_way_out(tmp_path, column, cell):
+    path = _file(tmp_path, "f.csv", f"subject,prompt,{column}\nAnn,{{}} lives in,{cell}\n")
+    with pytest.raises(ValueError, match=rf"f.csv, line 2: the cell of '{column}' begins like JSON .*with double quotes"):
+        read_facts(path)
 
 
 @pytest.mark.parametrize("name", ["f.jsonl", "f.json", "f.csv"])

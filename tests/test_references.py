@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from hf_edit import EditPack, Fact, SourceUnavailableError, SteamConfig
+from hf_edit import EditPack, Fact, SourceUnavailableError, SteamConfig, read_facts
 from hf_edit.facts import fold
 from hf_edit.references import Reference, balanced, bank, bank_relations, open_source, references_for
 from hf_edit.wikidata import Wikidata
@@ -53,8 +53,9 @@ def test_a_facts_references_survive_its_json_and_csv_and_leave_other_facts_ids_a
     plain = Fact("Lima", "{} lies in", "Peru")
     assert plain.id == "28962ee73d5fc52e" != fact.id
     assert "references" not in plain.to_dict()
-    row = {"subject": "Lima", "prompt": "{} lies in", "target": "Peru", "references": json.dumps(["Machu Picchu is in"])}
-    assert Fact.from_dict(row).references == ("Machu Picchu is in",)
+    path = tmp_path / "facts.csv"
+    path.write_text('subject,prompt,target,references\nLima,{} lies in,Peru,"[""Machu Picchu is in""]"\n')
+    assert read_facts(path)[0].references == ("Machu Picchu is in",)
 
 
 def test_a_facts_references_survive_its_pack(llama, tmp_path):
