@@ -9,17 +9,18 @@ import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from .errors import SubjectNotFoundError
 from .facts import Fact
-from .records import STRUCTURED, check_columns, fact_fields
+from .records import FIELDS, STRUCTURED, check_columns, fact_fields
 
 __all__ = ["read_facts"]
 
 _JSON = re.compile(r"""\s*(\[|\{\s*["']|\{\s*\}\s*$)""")  # how a list or mapping begins, and no prompt does
+_BLANK_QUOTE = re.compile(r'[ \t]+"')
 
 
 def read_facts(facts: Any) -> list[Fact]:
@@ -35,6 +36,9 @@ def read_facts(facts: Any) -> list[Fact]:
     if isinstance(facts, Fact):
         return [facts]
     if isinstance(facts, Mapping):
+        if _are_splits(facts):
+            split = next(iter(facts))
+            raise ValueError(f"this is a dataset with splits ({', '.join(map(str, facts))}). Pass one: facts[{split!r}].")
         return _facts(facts)
     origin = "facts"
     if isinstance(facts, (str, os.PathLike)):
@@ -59,6 +63,16 @@ def read_facts(facts: Any) -> list[Fact]:
 
 def _facts(record: Any) -> list[Fact]:
     return [Fact(**fields) for fields in fact_fields(record)]
+
+
+def _are_splits(facts: Mapping[Any, Any]) -> bool:
+    """Whether a mapping holds rows by split, as a `datasets.DatasetDict` does, and not the fields of a fact."""
+    if not facts or not FIELDS.isdisjoint(facts):
+        return False
+    if any(isinstance(split, (str, Mapping)) or not isinstance(split, Iterable) for split in facts.values()):
+        return False
+    rows = [row for split in facts.values() for row in islice(split, 1)]
+    return bool(rows) and all(isinstance(row, (Mapping, Fact)) for row in rows)
 
 
 def _read_file(path: Path) -> Iterator[tuple[int | None, Any]]:
@@ -98,6 +112,12 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[int | None, Any]]:
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from error
     for number, row in rows:
+        quoted = next((cell for cell in row if _BLANK_QUOTE.match(cell)), None)
+        if quoted is not None:
+            raise ValueError(
+                f"{path}, line {number}: there is a blank before the double quote in {quoted!r:.80}. Remove it: a quoted cell "
+                "begins right after the comma."
+            )
         cells = list(zip_longest(columns, row, fillvalue=""))
         stray = next((cell for column, cell in cells[1:] if cell and not column), None)  # pandas' index has no name
         if stray is not None:

@@ -352,6 +352,14 @@ def test_portability_questions_without_the_field_of_their_answers_are_refused(re
         read_facts([record])
 
 
+def test_a_dataset_with_splits_is_refused_with_the_advice_to_pass_one():
+    with pytest.raises(ValueError, match=r"splits \(train, test\). Pass one: facts\['train'\]"):
+        read_facts({"train": [ANN], "test": []})
+    with pytest.raises(ValueError, match="unknown field 'rephases'"):
+        read_facts({"rephases": []})
+    assert len(read_facts({"requested_rewrite": [ANN]})) == 1
+
+
 def test_a_column_of_none_is_an_absent_field():
     nothing = dict.fromkeys(("target_old", "rephrases", "locality", "portability", "loc", "loc_ans", "source", "id", "case_id"))
     assert Fact.from_dict({**ANN, **nothing, "requested_rewrite": None}) == Fact.from_dict(ANN)
@@ -431,6 +439,12 @@ def test_a_cell_that_looks_like_a_python_list_is_refused_with_the_way_out(tmp_pa
     path = _file(tmp_path, "f.csv", f"subject,prompt,{column}\nAnn,{{}} lives in,{cell}\n")
     with pytest.raises(ValueError, match=rf"f.csv, line 2: the cell of '{column}' begins like JSON .*with double quotes"):
         read_facts(path)
+
+
+@pytest.mark.parametrize("row", ['Ann, "{} lives, she said, in", Oslo', 'Ann, "{} lives in", Oslo', 'Ann,{} lives in,\t"Oslo"'])
+def test_a_blank_before_a_quoted_cell_is_named_as_the_cause(tmp_path, row):
+    with pytest.raises(ValueError, match=r"f.csv, line 2: there is a blank before the double quote"):
+        read_facts(_file(tmp_path, "f.csv", f"{HEADER}{row}\n"))
 
 
 @pytest.mark.parametrize("name", ["f.jsonl", "f.json", "f.csv"])
