@@ -63,7 +63,7 @@ class Fact:
         subject: the entity that the fact is about.
         prompt: a text that the target continues; one ``{}`` marks the subject. A prompt that holds the subject in plain
             text is taken as well and stored with ``{}`` (at the last mention, which has seen the most context). All texts
-            are kept in the Unicode form NFC.
+            are kept in the Unicode form NFC, this one and `rephrases` with the blanks at their ends.
         target: the new continuation, without leading space.
         target_old: what the model said, or should have said, before.
         aliases: other names of the subject.
@@ -97,12 +97,12 @@ class Fact:
         put = object.__setattr__
         put(self, "subject", _text(self.subject, "subject"))
         put(self, "target", _text(self.target, "target"))
-        put(self, "prompt", _template(_text(self.prompt, "prompt"), self.subject, "prompt"))
+        put(self, "prompt", _template(_text(self.prompt, "prompt", as_given=True), self.subject, "prompt"))
         if self.target_old is not None:
             put(self, "target_old", _text(self.target_old, "target_old"))
         put(self, "aliases", tuple(_text(a, "aliases") for a in _several(self.aliases, "aliases")))
         names = (self.subject, *self.aliases)
-        rephrases = (_text(r, "rephrases") for r in _several(self.rephrases, "rephrases"))
+        rephrases = (_text(r, "rephrases", as_given=True) for r in _several(self.rephrases, "rephrases"))
         put(self, "rephrases", tuple(_rephrase(r, names) for r in rephrases))
         put(self, "locality", tuple(Question.of(q) for q in _several(self.locality, "locality")))
         put(self, "portability", tuple(Question.of(q) for q in _several(self.portability, "portability")))
@@ -230,10 +230,16 @@ def _contradict(one: Fact, other: Fact) -> bool:
     return fold(one.target) != fold(other.target)
 
 
-def _text(value: Any, name: str) -> str:
+def _text(value: Any, name: str, *, as_given: bool = False) -> str:
+    """A text in NFC, checked.
+
+    Args:
+        as_given: keep blanks at its ends: the prompt of a chat template ends in a line break, which the model has to see.
+    """
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text, not {type(value).__name__}: {value!r:.80}")
-    text = unicodedata.normalize("NFC", value).strip()
+    text = unicodedata.normalize("NFC", value)
+    text = text if as_given else text.strip()
     if not visible(text):
         raise ValueError(f"{name} is empty")
     control = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"), None)

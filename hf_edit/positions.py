@@ -7,7 +7,7 @@ gives other tokens in most vocabularies ("German" is not " German"), so nothing 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,11 +38,13 @@ class Text:
         text: the whole text.
         subject: (start, end) of the subject's mention that is edited, or None.
         target: (start, end) of the target with the separator before it, or None.
+        special: whether the tokenizer adds its special tokens; the text of a chat template holds them already.
     """
 
     text: str
     subject: tuple[int, int] | None = None
     target: tuple[int, int] | None = None
+    special: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ def joined_without_space(character: str) -> bool:
 
 
 def join(prompt: str, target: str) -> str:
-    """Prompt and target as running text: one space between, except after an opening mark and in scripts without spaces."""
-    if not prompt:
-        return target
+    """Prompt and target as running text: one space between, except after a blank or an opening mark and in scripts without
+    spaces."""
+    if not prompt or prompt[-1].isspace():
+        return prompt + target
     if prompt[-1] in _NO_SPACE_BEFORE or joined_without_space(prompt[-1]) or joined_without_space(target[0]):
         return prompt + target
     return f"{prompt} {target}"
@@ -123,15 +126,34 @@ def encode(tokenizer: Any, texts: Sequence[Text]) -> list[EncodedText]:
             f"{type(tokenizer).__name__} gives no character offsets; load the tokenizer with "
             "AutoTokenizer.from_pretrained(..., use_fast=True)"
         )
-    if not texts:
-        return []
-    batch = tokenizer(
-        [t.text for t in texts], return_offsets_mapping=True, add_special_tokens=True, padding=False, truncation=False
-    )
-    return [
-        _locate(text, ids, offsets)
-        for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
-    ]
+    found = _located(tokenizer, texts)
+    begins = {i: text.target[0] for i, text in enumerate(texts) if text.target is not None}
+    cut = {i: at for i, at in begins.items() if texts[i].text[:at][-1:].isspace()}
+    # a tokenizer may take a blank at a prompt's end together with what follows, which a prompt by itself can't show
+    prompts = [replace(texts[i], text=texts[i].text[:at], target=None) for i, at in cut.items()]
+    for (i, at), prompt in zip(cut.items(), _located(tokenizer, prompts), strict=True):
+        if found[i].ids[: len(prompt.ids)] != prompt.ids:
+            ids = (*prompt.ids, *tokenizer(texts[i].text[at:], add_special_tokens=False)["input_ids"])
+            found[i] = EncodedText(ids, prompt.subject, (len(prompt.ids), len(ids)))
+    return found
+
+
+def _located(tokenizer: Any, texts: Sequence[Text]) -> list[EncodedText]:
+    found: dict[int, EncodedText] = {}
+    for special in (True, False):
+        group = [i for i, text in enumerate(texts) if text.special == special]
+        if not group:
+            continue
+        batch = tokenizer(
+            [texts[i].text for i in group],
+            return_offsets_mapping=True,
+            add_special_tokens=special,
+            padding=False,
+            truncation=False,
+        )
+        for i, ids, offsets in zip(group, batch["input_ids"], batch["offset_mapping"], strict=True):
+            found[i] = _locate(texts[i], ids, offsets)
+    return [found[i] for i in range(len(texts))]
 
 
 def _locate(text: Text, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> EncodedText:
