@@ -51,17 +51,18 @@ def room(base: Base, text: EncodedText) -> int:
 
 
 def greedy(
-    base: Base, prompts: Sequence[str], length: int | Sequence[int] = 16, batch: int = 32, progress: bool = False
+    base: Base, prompts: Sequence[str | Text], length: int | Sequence[int] = 16, batch: int = 32, progress: bool = False
 ) -> list[str]:
     """Greedy continuations of prompts, as the model stands now.
 
     Args:
+        prompts: plain texts, or `Text` where the tokenizer is to add no special tokens.
         length: new tokens at most, of all or of each. Prompts of equal length run together, so none waits for a longer one.
 
     Returns:
         The continuations, without the prompts.
     """
-    rows = [base.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    rows = [text.ids for text in encode(base.tokenizer, [p if isinstance(p, Text) else Text(p) for p in prompts])]
     lengths = [length] * len(rows) if isinstance(length, int) else length
     order = sorted(range(len(rows)), key=lambda i: (lengths[i], len(rows[i])))
     found: dict[int, str] = {}

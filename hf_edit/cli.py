@@ -71,7 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     ask = _command(commands, "ask", _ask, "answers before and after a pack's edits, side by side")
     ask.add_argument("model", metavar="PACK", help="a pack, or a model")
     ask.add_argument("prompt", metavar="PROMPT", nargs="+", help="texts to go on with")
-    ask.add_argument("--max-new-tokens", type=int, default=16)
+    ask.add_argument("--chat", action="store_true", help="put each text to the model as a user's turn, by its chat template")
+    ask.add_argument(
+        "--max-new-tokens", type=int, help="length of an answer at most (default: 16, and 64 in a chat)", metavar="N"
+    )
     _add_source(ask)
 
     evaluate = _command(commands, "evaluate", _evaluate, "how a pack's edits do: efficacy, paraphrases, locality, portability")
@@ -197,9 +200,10 @@ def _ask(options: argparse.Namespace) -> None:
     from .model import EditableModelForCausalLM
 
     model = EditableModelForCausalLM.from_pretrained(options.model, **_source(options))
+    how = {"chat": options.chat, "max_new_tokens": options.max_new_tokens}
     with model.disable_edits():
-        before = model.ask(options.prompt, max_new_tokens=options.max_new_tokens)
-    after = model.ask(options.prompt, max_new_tokens=options.max_new_tokens) if model.active_packs else before
+        before = model.ask(options.prompt, **how)
+    after = model.ask(options.prompt, **how) if model.active_packs else before
     rows = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(options.prompt, before, after, strict=True)]
     lines = [f"{row['prompt']}\n  before  {row['before'].strip()!r}\n  after   {row['after'].strip()!r}" for row in rows]
     _print(options, rows, "\n".join(lines))

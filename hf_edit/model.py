@@ -26,12 +26,15 @@ from .errors import BaseMismatchError, ConflictingEditsError, HubError, MergeErr
 from .facts import Fact, resolve_conflicts, superseded
 from .health import COLLAPSE, Health
 from .hub import PushToHub, Snapshot, check_base_of, fetch
+from .lm.chat import Messages, chat_frame, chat_text, is_messages
+from .lm.chat_forms import asked_plainly
 from .methods import EditConfig, get_method
 from .methods.base import Attachment
 from .pack import CONFIG_FILE, HUB_FILES, EditPack, check_name, describe_base, save_packs, subpacks, versions
-from .positions import fact_text
+from .positions import Text, fact_text
+from .questions import asked_afterwards
 from .reading import read_facts
-from .report import EditReport, EvalReport, FactResult
+from .report import Answer, EditReport, EvalReport, FactResult
 from .restore import Turns, Untouched, uninterrupted
 from .storage import located
 
@@ -42,7 +45,9 @@ __all__ = ["EditableModelForCausalLM", "packs_in"]
 
 logger = logging.getLogger(__name__)
 
-_ANSWER_TOKENS = 16
+_ANSWER_TOKENS = 16  # of a text that is continued
+_CHAT_TOKENS = 32  # of a chat's answer that is searched for a fact's target
+_CHAT_ANSWER_TOKENS = 64  # of a chat's answer that is read
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -384,22 +389,49 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
                     self._detach()
                     untouched.put_back()
 
-    def _ask(self, facts: Sequence[Fact], progress: bool) -> list[tuple[str, float]]:
+    def _ask(self, facts: Sequence[Fact], progress: bool) -> list[Answer]:
+        """What the model says of facts as they are given and, where it has a chat template, in the chat in another wording."""
         lengths = answer_lengths(self._base, [fact_text(f, target=f.target) for f in facts], _ANSWER_TOKENS)
-        answers = greedy(self._base, [f.question for f in facts], lengths, progress=progress)
-        return list(zip(answers, target_probabilities(self._base, facts), strict=True))
+        given = greedy(self._base, [f.question for f in facts], lengths, progress=progress)
+        probabilities = target_probabilities(self._base, facts)
+        frame = chat_frame(self.tokenizer)
+        answers = [Answer(t, says(t, f.target), p) for f, t, p in zip(facts, given, probabilities, strict=True)]
+        if frame is None:
+            return answers
+        asked = [Text(asked_afterwards(asked_plainly(frame, fact)).replace("{}", fact.subject)) for fact in facts]
+        lengths = [_CHAT_TOKENS - _ANSWER_TOKENS + length for length in lengths]
+        chats = greedy(self._base, [frame.around(text) for text in asked], lengths, progress=progress)
+        return [
+            replace(answer, question=question.text, chat=chat.strip(), said_in_chat=says(chat, fact.target))
+            for answer, fact, question, chat in zip(answers, facts, asked, chats, strict=True)
+        ]
 
-    def ask(self, prompts: str | Sequence[str], *, max_new_tokens: int = _ANSWER_TOKENS) -> list[str]:
-        """Greedy continuations of prompts as they are, without a chat template, with the edits in force.
+    def ask(
+        self,
+        prompts: str | Messages | Sequence[str | Messages],
+        *,
+        chat: bool = False,
+        max_new_tokens: int | None = None,
+    ) -> list[str]:
+        """The model's greedy answers, with the edits in force.
 
         Args:
-            prompts: one or several texts; they run as one left-padded batch.
-            max_new_tokens: length of an answer at most.
+            prompts: one or several of: a text, which the model continues as it is; a chat, as a list of messages with `role`
+                and `content`, which it answers through its chat template.
+            chat: take a text for a user's turn, too, and answer it through the chat template.
+            max_new_tokens: length of an answer at most; by default 16 for a text that is continued, 64 in a chat.
 
         Returns:
-            The continuations, without the prompts.
+            The answers, without the prompts: one for each text or chat.
+
+        Raises:
+            ValueError: the model has no chat template, or the template refuses the messages.
         """
-        return greedy(self._base, [prompts] if isinstance(prompts, str) else prompts, max_new_tokens)
+        several: list[Any] = [prompts] if isinstance(prompts, str) or is_messages(prompts) else list(prompts)
+        in_chat = [chat or not isinstance(prompt, str) for prompt in several]
+        texts = [_chat_of(self.tokenizer, prompt) if c else prompt for prompt, c in zip(several, in_chat, strict=True)]
+        lengths = [max_new_tokens or (_CHAT_ANSWER_TOKENS if c else _ANSWER_TOKENS) for c in in_chat]
+        return greedy(self._base, texts, lengths)
 
     def perplexity(self) -> float:
         """Perplexity of the model, with the edits in force, on text that it wrote without them (see `hf_edit.health`)."""
@@ -810,18 +842,17 @@ def packs_in(folder: Path, pack_name: str = "default") -> dict[str, EditPack]:
 
 
 def _results(
-    facts: Sequence[Fact],
-    before: Sequence[tuple[str, float]] | None,
-    after: Sequence[tuple[str, float]] | None,
-    notes: Mapping[str, str],
+    facts: Sequence[Fact], before: Sequence[Answer] | None, after: Sequence[Answer] | None, notes: Mapping[str, str]
 ) -> tuple[FactResult, ...]:
     """What the report says of each fact; without answers where the model was not asked."""
     if before is None or after is None:
         return tuple(FactResult(f, note=notes.get(str(f.id), "")) for f in facts)
-    return tuple(
-        FactResult(f, b, a, says(a, f.target), pb, pa, notes.get(str(f.id), ""))
-        for f, (b, pb), (a, pa) in zip(facts, before, after, strict=True)
-    )
+    return tuple(FactResult.of(f, was, now, notes.get(str(f.id), "")) for f, was, now in zip(facts, before, after, strict=True))
+
+
+def _chat_of(tokenizer: Any, prompt: str | Messages) -> Text:
+    """A prompt as a chat: a text is the user's turn."""
+    return chat_text(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
 
 def _check_model(at: Snapshot, base_model_kwargs: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from .facts import Fact
 from .references import bank_relations
 
-__all__ = ["AskedRelation", "asked_relations", "other_wordings", "subjects"]
+__all__ = ["AskedRelation", "asked_afterwards", "asked_in_chat", "asked_relations", "is_question", "other_wordings", "subjects"]
 
 _WORD = re.compile(r"\w+")
 _FUNCTION_WORD = re.compile(
@@ -66,6 +66,51 @@ def other_wordings(fact: Fact) -> tuple[str, ...]:
     taken = {text.replace(fact.subject, "{}", 1).casefold() for text in (fact.prompt, *fact.rephrases)}
     found = dict.fromkeys(wording for relation in known for wording in relation.prompts)
     return tuple(wording for wording in found if wording.casefold() not in taken)
+
+
+_QUESTION_MARKS = ("?", "？", "؟")
+# How a user puts a question, and how one asks for the end of a sentence that no known question asks for.
+_PUT = ("{}", "I have a question. {}", "Can you tell me? {}", "{} Answer briefly.")
+_COMPLETED = ("Complete the sentence: {}", "How does this sentence go on? {}", "Fill in what is missing: {} ...")
+# Never among those that facts are fitted in.
+_PUT_AFTERWARDS, _COMPLETED_AFTERWARDS = "Please help me with this question: {}", "Finish this for me: {}"
+
+
+def is_question(prompt: str) -> bool:
+    """Whether a prompt is a question rather than the beginning of a sentence."""
+    return prompt.rstrip().endswith(_QUESTION_MARKS)
+
+
+def asked_in_chat(fact: Fact, count: int) -> tuple[str, ...]:
+    """So many wordings, each with one ``{}``, in which a user asks for a fact: the fact's own question, or one of its relation,
+    and others."""
+    questions = [fact.prompt] if is_question(fact.prompt) else []
+    questions += [wording for wording in _known_questions(fact) if wording not in questions]
+    if not questions:
+        return tuple(_COMPLETED[i % len(_COMPLETED)].replace("{}", fact.prompt) for i in range(count))
+    found = [put.replace("{}", question) for put in _PUT for question in questions]
+    return tuple(found[i % len(found)] for i in range(count))
+
+
+def asked_afterwards(fact: Fact) -> str:
+    """A wording, with one ``{}`` or the subject in plain text, in which no fact is fitted: to see whether it holds."""
+    for rephrase in fact.rephrases:
+        if is_question(rephrase):
+            return rephrase
+    known = _known_questions(fact, held_out=True)
+    if known:
+        return known[0]
+    if is_question(fact.prompt):
+        return _PUT_AFTERWARDS.replace("{}", fact.prompt)
+    return _COMPLETED_AFTERWARDS.replace("{}", fact.prompt)
+
+
+def _known_questions(fact: Fact, held_out: bool = False) -> list[str]:
+    """Questions that the package knows of what a fact says; the last of several is held out."""
+    known = [wording for wording in other_wordings(fact) if is_question(wording)]
+    if len(known) < 2:
+        return [] if held_out else known
+    return known[-1:] if held_out else known[:-1]
 
 
 @cache

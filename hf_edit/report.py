@@ -15,6 +15,27 @@ __all__ = ["EditReport", "EvalReport", "FactResult", "FactScores", "Summary"]
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a model says of a fact.
+
+    Attributes:
+        text: the greedy continuation of the fact's prompt.
+        said: whether it holds the target.
+        probability: P(target | prompt).
+        question: the fact in another wording, as a user's turn in a chat; None without a chat template.
+        chat: the answer to it.
+        said_in_chat: whether that holds the target.
+    """
+
+    text: str
+    said: bool
+    probability: float
+    question: str | None = None
+    chat: str | None = None
+    said_in_chat: bool | None = None
+
+
+@dataclass(frozen=True)
 class FactResult:
     """One fact before and after the edit.
 
@@ -22,10 +43,15 @@ class FactResult:
         fact: the fact.
         before: what the model went on to say, greedily; None where the edit was not verified.
         after: what it says now.
-        success: whether the answer holds the target; None where the edit was not verified.
+        success: whether the fact is answered: the answer holds the target and, where the model has a chat template, so does the
+            one in the chat; None where the edit was not verified.
         probability_before: P(target | prompt) before.
         probability: P(target | prompt) now.
         note: a remark of the method.
+        chat_question: another wording, asked through the chat template; None where the model has none.
+        chat_before: the answer to it before.
+        chat: the answer now.
+        said, said_in_chat: whether the answer to the prompt as given, and that in the chat, hold the target.
     """
 
     fact: Fact
@@ -35,15 +61,42 @@ class FactResult:
     probability_before: float | None = None
     probability: float | None = None
     note: str = ""
+    chat_question: str | None = None
+    chat_before: str | None = None
+    chat: str | None = None
+    said: bool | None = None
+    said_in_chat: bool | None = None
+
+    @classmethod
+    def of(cls, fact: Fact, before: Answer, after: Answer, note: str = "") -> FactResult:
+        """From what the model said before the edit and what it says now."""
+        return cls(
+            fact,
+            before.text,
+            after.text,
+            after.said and after.said_in_chat is not False,
+            before.probability,
+            after.probability,
+            note,
+            after.question,
+            before.chat,
+            after.chat,
+            after.said,
+            after.said_in_chat,
+        )
 
     def __str__(self) -> str:
         line = f"{self.fact.question} [{self.fact.target}]"
         if self.success is not None:
             line = (
-                f"{'ok  ' if self.success else 'MISS'} {self.fact.question}: {_line(self.before)} -> {_line(self.after)}"
-                f"  (P {self.probability_before:.3f} -> {self.probability:.3f})"
+                f"{_mark(self.success if self.said is None else self.said)} {self.fact.question}: {_line(self.before)} -> "
+                f"{_line(self.after)}  (P {self.probability_before:.3f} -> {self.probability:.3f})"
             )
-        return f"{line}  {self.note}".rstrip()
+        line = f"{line}  {self.note}".rstrip()
+        if self.chat is None:
+            return line
+        chat = f"{_mark(bool(self.said_in_chat))} chat: {self.chat_question}: {_line(self.chat_before)} -> {_line(self.chat)}"
+        return f"{line}\n  {chat}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +131,7 @@ class EditReport:
 
     @property
     def success(self) -> float | None:
-        """Share of facts whose greedy answer holds the target; None where the edit was not verified."""
+        """Share of facts that are answered, see `FactResult`; None where the edit was not verified."""
         known = [r.success for r in self.results if r.success is not None]
         return sum(known) / len(known) if known else None
 
@@ -94,6 +147,9 @@ class EditReport:
                 "after": r.after,
             }
             row |= {"success": r.success, "probability_before": r.probability_before, "probability": r.probability}
+            if r.chat is not None:
+                row |= {"said": r.said, "said_in_chat": r.said_in_chat, "chat_question": r.chat_question}
+                row |= {"chat_before": r.chat_before, "chat": r.chat}
             rows.append(row | ({"note": r.note} if r.note else {}))
         return {
             "method": self.method,
@@ -112,6 +168,9 @@ class EditReport:
         head = f"{self.method}: {count} {'fact' if count == 1 else 'facts'} in {self.seconds:.1f} s"
         if self.success is not None:
             head += f", {sum(bool(r.success) for r in self.results)} of {count} answered"
+            if any(r.chat is not None for r in self.results):
+                said, in_chat = (sum(bool(getattr(r, name)) for r in self.results) for name in ("said", "said_in_chat"))
+                head += f" ({said} as given, {in_chat} in the chat)"
         if self.perplexity is not None:
             head += f", perplexity {self.perplexity_clean:.2f} -> {self.perplexity:.2f}"
         return "\n".join([head, *(f"  {r}" for r in self.results), *(f"  note: {n}" for n in self.notes)])
@@ -206,6 +265,10 @@ class EvalReport:
         width = max(map(len, summary), default=0)
         lines = [f"  {name:{width}}  {s.mean:7.3f}  [{s.low:.3f}, {s.high:.3f}]  {s.count}" for name, s in summary.items()]
         return "\n".join([f"{head} (mean, 95 % interval, facts)", *lines])
+
+
+def _mark(said: bool) -> str:
+    return "ok  " if said else "MISS"
 
 
 def _line(answer: str | None) -> str:

@@ -1,0 +1,1 @@
+"""A causal language model as something to read from and to run."""
