@@ -10,6 +10,7 @@ import torch
 
 from ..base import Base
 from ..facts import Fact
+from ..lm.chat_forms import chat_forms
 from ..positions import EncodedText, Text, encode, fact_text
 from ..questions import other_wordings
 from ..suffix import read_keys_and_states
@@ -59,7 +60,14 @@ class FactTexts:
 
 
 def fact_texts(
-    base: Base, facts: Sequence[Fact], contexts: Sequence[str], tail_tokens: int = 0, kept_prompts: int = 1, wordings: int = 0
+    base: Base,
+    facts: Sequence[Fact],
+    contexts: Sequence[str],
+    tail_tokens: int = 0,
+    kept_prompts: int = 1,
+    wordings: int = 0,
+    chats: int = 0,
+    keys_only: bool = False,
 ) -> list[FactTexts]:
     """The texts that each fact's value is optimised on.
 
@@ -69,15 +77,22 @@ def fact_texts(
         tail_tokens: length of the clean model's own continuation behind the bare prompt's target.
         wordings: how many contexts give way to the prompt in other words, where the package knows such.
         kept_prompts: how many of `GENERIC_PROMPTS` are kept, see `spared_prompts`.
+        chats: in how many chats the fact is asked for and answered, where the model has a chat template.
+        keys_only: nothing behind the subject is read: spare the model the answers.
     """
     tails = target_tails(base, facts, tail_tokens)
+    asked = chat_forms(base, facts, chats, answered=not keys_only)
     rewrites = encode(
         base.tokenizer,
-        [text for f in facts for text in (fact_text(f, target=f.target), *_elsewhere(f, contexts, wordings))],
+        [
+            text
+            for f, chat in zip(facts, asked, strict=True)
+            for text in (fact_text(f, target=f.target), *_elsewhere(f, contexts, wordings), *chat)
+        ],
     )
     spared = spared_prompts(base, facts, kept_prompts)
     kept = encode(base.tokenizer, [fact_text(f, prompt=prompt) for f, own in zip(facts, spared, strict=True) for prompt in own])
-    width, each = 1 + len(contexts), kept_prompts
+    width, each = 1 + len(contexts) + (len(asked[0]) if facts else 0), kept_prompts
     found = []
     for i, tail in enumerate(tails):
         bare, *others = rewrites[i * width : (i + 1) * width]

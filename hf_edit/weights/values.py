@@ -105,6 +105,7 @@ def optimize_values(
     layout: Layout | None = None,
     batch_facts: int = 64,
     progress: bool = True,
+    start: torch.Tensor | None = None,
 ) -> Values:
     """Optimise each fact's residual at one block.
 
@@ -115,6 +116,7 @@ def optimize_values(
         objective: a further term of the loss.
         layout: where the model's own does not tell the projections.
         batch_facts: how many facts run together.
+        start: [facts, hidden], residuals to go on from; by default zeros.
     """
     layout = layout or base.layout()
     block = layout.block(settings.block)
@@ -126,6 +128,8 @@ def optimize_values(
         for first in range(0, len(texts), batch_facts):
             group = range(first, min(first + batch_facts, len(texts)))
             problem = _Problem(base, layout, place, [texts[i] for i in group], objective, prefixes, settings.rotation)
+            if start is not None:
+                problem.delta = start[group.start : group.stop].to(problem.delta)
             for _ in problem.optimize(settings, list(group)):
                 shown.update(len(group))
             parts.append((problem.delta.detach(), problem.states, problem.losses))

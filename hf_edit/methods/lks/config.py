@@ -73,6 +73,7 @@ class LKSConfig(EditConfig):
     )
     contexts: int = setting(3, "sampled prefixes that the fact must also hold behind")
     context_length: int = setting(10, "tokens of such a prefix")
+    chats: int = setting(3, "chats in which a fact is asked for and answered, where the model has a chat template")
     locality_prompts: int = setting(2, "other questions about the subject, for each fact, whose answers are kept")
     locality_share: float = setting(0.25, "share of the facts for which a pass shows such a question")
     gate: bool = setting(
@@ -93,7 +94,7 @@ class LKSConfig(EditConfig):
         for name in ("min_steps", "batch_size", "context_length", "writes"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1")
         for name in (
-            "warmup_steps", "kl_weight", "tail_weight", "contexts", "locality_prompts", "tail_tokens", "target_tokens",
+            "warmup_steps", "kl_weight", "tail_weight", "contexts", "chats", "locality_prompts", "tail_tokens", "target_tokens",
             "cache_bytes",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name} must not be negative")

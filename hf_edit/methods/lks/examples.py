@@ -1,9 +1,10 @@
 """Training texts of LKS, made from the facts alone.
 
 For each fact: its prompt, bare, behind sampled contexts, in the bank's other wordings where its own is one of them, and in the
-rephrases of all facts that are asked in its words, where these may be trained on; each with the target and, for some, a tail
-that goes on as the clean model would, so that the new fact is said once and the sentence goes on. And texts that must stay as
-they are: other questions about the same subject, in the bank's wordings of relations that the fact can't be about.
+rephrases of all facts that are asked in its words, where these may be trained on, and in chats, where the model has a chat
+template. Each has the target and, for some, a tail that goes on as the clean model would, so that the new fact is said once
+and the sentence goes on. And texts that must stay as they are: other questions about the same subject, in the bank's wordings
+of relations that the fact can't be about.
 
 In each text the subject's mentions are rewritten by the code of the one fact that is asked.
 """
@@ -12,13 +13,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...base import Base
 from ...facts import Fact, fold
+from ...lm.chat import ChatFrame
+from ...lm.chat_forms import asked_plainly, chat_frames
 from ...positions import EncodedText, Text, encode, fact_text
 from ...progress import bar
-from ...questions import other_wordings
+from ...questions import asked_in_chat, other_wordings
 from ...references import bank_relations
 from ...scope import Scope, mentions_in_tokens
 from ...texts import sample_contexts, target_tails
@@ -26,7 +29,7 @@ from .config import LKSConfig
 
 __all__ = ["Example", "Examples", "build_examples"]
 
-_TAILS = 400  # facts that get a tail, at most: how to go on is learnt for all facts alike
+_TAILS = 400  # facts that get a tail, and chats, at most: how to go on, and how to answer, is learnt for all facts alike
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,13 @@ def build_examples(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: i
     rng = random.Random(seed)
     reworded = _reworded(facts) if config.train_on_rephrases else {}
     variety = config.variety(len(facts))
+    frames = chat_frames(base) if config.chats and not config.released else []
     prompts, variations, locality = [], [], []
     with bar(len(facts), "writing texts", "fact", progress) as shown:
         for i, fact in enumerate(facts):
             texts = [fact_text(fact, target=fact.target), *_variations(fact, contexts, reworded, variety, rng)]
+            if i % every == 0:
+                texts += _chats(fact, frames, config.chats, i)
             tail = tails.get(i, [])
             made = [subjects.asking(i, text, tail if config.tail_tokens else None) for text in encode(base.tokenizer, texts)]
             if made[0] is None:
@@ -91,6 +97,7 @@ def build_examples(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: i
             prompts.append(made[0])
             variations.append([e for e in made[1:] if e is not None])
             asked = _other_questions(fact, config, rng)
+            asked[1::2] = [frames[i % len(frames)].around(text) if frames else text for text in asked[1::2]]
             kept = [subjects.other(i, text) for text in encode(base.tokenizer, asked)]
             locality.append([e for e in kept if e is not None])
             shown.update()
@@ -152,6 +159,15 @@ def _variations(
     asked = [("", wording) for wording in wordings] + [(context, fact.prompt) for context in contexts]
     chosen = rng.sample(asked, min(most, len(asked)))
     return [fact_text(fact, prefix=prefix, prompt=wording, target=fact.target) for prefix, wording in chosen]
+
+
+def _chats(fact: Fact, frames: Sequence[ChatFrame], count: int, first: int) -> list[Text]:
+    """Chats in which the fact is asked for and its target answered, in turn in each of the frames."""
+    if not frames:
+        return []
+    turns = [fact_text(fact, prompt=wording) for wording in asked_in_chat(asked_plainly(frames[0], fact), count)]
+    # what follows the target is the clean model's: it may end the answer or go on
+    return [replace(frames[(first + n) % len(frames)], after="").around(turn, fact.target) for n, turn in enumerate(turns)]
 
 
 def _other_questions(fact: Fact, config: LKSConfig, rng: random.Random) -> list[Text]:

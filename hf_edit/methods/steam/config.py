@@ -23,7 +23,7 @@ _AT_LEAST_ONE = (
     "steps", "max_references", "max_per_relation", "min_references", "batch_facts", "context_length", "kept_prompts",
     "rotation", "negatives",
 )  # fmt: skip
-_NOT_NEGATIVE = ("weight_decay", "kl_factor", "tail_factor", "tail_tokens", "anchor_weight", "contexts", "retries",
+_NOT_NEGATIVE = ("weight_decay", "kl_factor", "tail_factor", "tail_tokens", "anchor_weight", "contexts", "chats", "retries",
     "bystanders",
 )  # fmt: skip
 _POSITIVE = (
@@ -72,6 +72,11 @@ class SteamConfig(EditConfig):
         "else none: more paraphrases follow then, and more of the subject's other answers",
     )
     context_length: int = setting(10, "tokens of such a prefix")
+    chats: int = setting(
+        0,
+        "chats in which the fact is asked for and answered as the model itself would answer it, where it has a chat template: "
+        "more facts hold in the chat then, fewer unrelated answers stay, and the values take longer",
+    )
     bare_share: float | None = setting(
         0.5, "the bare prompt's share in a fact's key; None counts it as one context among the others, as MEMIT does"
     )

@@ -26,6 +26,8 @@ from .config import SteamConfig
 
 __all__ = ["Job", "in_force"]
 
+_LANDED = 0.3  # nats; a value whose loss is above this may leave a token of its target to others
+
 ObjectiveOf = Callable[[Sequence[int]], Objective | None]  # the alignment term of facts of a group, by their indices in it
 
 
@@ -126,7 +128,7 @@ class Job:
     def insert(self, facts: Sequence[Fact], values: torch.Tensor, earlier: Sequence[Fact]) -> dict[str, Update]:
         """The insertion of values that `fit` gave, into the model as it stands now."""
         updates: dict[str, Update] = {}
-        texts = self._texts(facts, tail_tokens=0, kept_prompts=1)  # those are for the optimisation alone
+        texts = self._texts(facts, tail_tokens=0, kept_prompts=1, keys_only=True)  # the rest is for the optimisation alone
         with ExitStack() as stack:
             for step, deltas in zip(self.insertions, values.unbind(1), strict=False):  # one more where others have more layers
                 found = EDITORS[self.editor](step._problem(facts, texts, deltas, earlier))
@@ -141,7 +143,8 @@ class Job:
         inserted anew, up to `retries` times. The insertion in which most facts hold is kept, of two the likelier one."""
         config = self.config
         texts = self._texts(facts, config.tail_tokens if config.tail_factor else 0, config.kept_prompts)
-        deltas = self._values(texts, objective(range(len(facts)))).deltas
+        every = range(len(facts))
+        deltas = self._landed(texts, objective) if config.gate else self._values(texts, objective(every)).deltas
         problem = self._problem(facts, texts, deltas, earlier)
         updates = EDITORS[self.editor](problem)
         best = updates, deltas
@@ -161,9 +164,22 @@ class Job:
             updates = EDITORS[self.editor](replace(problem, deltas=deltas))
         return best
 
-    def _texts(self, facts: Sequence[Fact], tail_tokens: int, kept_prompts: int) -> list[FactTexts]:
+    def _landed(self, texts: Sequence[FactTexts], objective: ObjectiveOf) -> torch.Tensor:
+        """Values of facts behind a gate, each of which acts alone. No insertion will show which of them fall short, so those
+        that have not landed when the steps end are optimised further, up to `retries` times."""
+        found = self._values(texts, objective(range(len(texts))))
+        deltas, losses = found.deltas, found.losses[-1]
+        for _ in range(self.config.retries):
+            short = (losses > _LANDED).nonzero()[:, 0].tolist()
+            if not short:
+                break
+            further = self._values([texts[i] for i in short], objective(short), deltas[short])
+            deltas[short], losses[short] = further.deltas, further.losses[-1].to(losses)
+        return deltas
+
+    def _texts(self, facts: Sequence[Fact], tail_tokens: int, kept_prompts: int, keys_only: bool = False) -> list[FactTexts]:
         wordings = 2 * self.config.gate if self.config.wordings is None else self.config.wordings
-        return fact_texts(self.base, facts, self.contexts, tail_tokens, kept_prompts, wordings)
+        return fact_texts(self.base, facts, self.contexts, tail_tokens, kept_prompts, wordings, self.config.chats, keys_only)
 
     def _problem(
         self, facts: Sequence[Fact], texts: Sequence[FactTexts], deltas: torch.Tensor, earlier: Sequence[Fact]
@@ -189,7 +205,7 @@ class Job:
             bystanders=config.bystanders,
         )
 
-    def _values(self, texts: Sequence[FactTexts], objective: Objective | None) -> Values:
+    def _values(self, texts: Sequence[FactTexts], objective: Objective | None, start: torch.Tensor | None = None) -> Values:
         config = self.config
         settings = ValueSettings(
             block=self.layers[-1],
@@ -211,6 +227,7 @@ class Job:
             layout=self.layout,
             batch_facts=config.batch_facts,
             progress=self.progress,
+            start=start,
         )
 
     def in_force(self, updates: Mapping[str, Update]) -> AbstractContextManager[None]:
