@@ -1,0 +1,234 @@
+"""Chats: what a template puts around a turn, facts that are asked in one, and what the report says of them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+from conftest import FACTS, QUICK_LKS, QUICK_STEAM, tiny_model
+
+from hf_edit import EditableModelForCausalLM, Fact, LKSConfig
+from hf_edit.lm.chat import chat_frame, chat_text
+from hf_edit.lm.chat_forms import asked_plainly, chat_forms, chat_frames
+from hf_edit.methods.lks.examples import build_examples
+from hf_edit.positions import Text, encode, fact_text
+from hf_edit.questions import asked_afterwards, asked_in_chat, is_question
+from hf_edit.suffix import frozen
+from hf_edit.weights.prompts import fact_texts
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+TRIMMING = TEMPLATE.replace("m['content']", "m['content'] | trim")
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+
+
+@pytest.fixture
+def chatty(tokenizer):
+    """A tokenizer with a chat template that ends as real ones do, in a line break."""
+    found = copy.deepcopy(tokenizer)
+    found.chat_template = TEMPLATE
+    return found
+
+
+@pytest.fixture
+def model(chatty):
+    return EditableModelForCausalLM(tiny_model("llama"), chatty)
+
+
+def _rendered(tokenizer, *turns):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+# --- frames -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, TRIMMING, NO_SYSTEM])
+@pytest.mark.parametrize("turn", ["Where is Rome?", "  two blanks before\n"])
+def test_a_frame_puts_a_turn_where_the_template_does(chatty, template, turn):
+    chatty.chat_template = template
+    frame = chat_frame(chatty)
+    assert frame.around(Text(turn)).text == _rendered(chatty, turn)
+    assert frame.trims == (template == TRIMMING)
+    assert (chat_frame(chatty, "Be kind.") is None) == (template == NO_SYSTEM)
+
+
+def test_a_frame_with_a_system_prompt_holds_it(chatty):
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    assert chat_frame(chatty, "Be kind.").around(Text("Hello")).text == chat_text(chatty, messages).text
+
+
+def test_without_a_usable_template_there_is_no_frame(chatty, tokenizer):
+    assert chat_frame(tokenizer) is None
+    for template in ("{{ raise_exception('never') }}", "{{ nothing.at.all }}", "fixed text"):
+        chatty.chat_template = template
+        assert chat_frame(chatty) is None
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, TRIMMING])
+def test_spans_in_a_frame_are_those_of_the_words(chatty, template):
+    chatty.chat_template = template
+    text = chat_frame(chatty).around(fact_text(FACTS[0], prompt=" Name the capital of {}, please. "), "It is Tokyo.")
+    assert text.text[slice(*text.subject)] == "France"
+    assert text.text[slice(*text.target)] == "It is Tokyo.<s>"
+
+
+def test_a_chat_gets_no_special_tokens_beside_those_of_its_template(bos_tokenizer):
+    chatty = copy.deepcopy(bos_tokenizer)
+    chatty.chat_template = TEMPLATE
+    text = chat_frame(chatty).around(Text("Hello"))
+    assert encode(chatty, [text, Text("Hello")])[0].ids == tuple(
+        chatty.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)["input_ids"]
+    )
+    assert encode(chatty, [text, Text("Hello")])[1].ids == tuple(chatty("Hello")["input_ids"])
+
+
+# --- facts --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_keeps_the_blanks_at_its_ends():
+    prompt = "Q: Where does {} live?\nA:\n"
+    fact = Fact("Ann", prompt, "Oslo", rephrases=["{}'s home:\n"])
+    assert fact.prompt == prompt
+    assert fact.rephrases == ("{}'s home:\n",)
+    assert Fact.from_dict(fact.to_dict()) == fact
+    assert fact_text(fact, target="Oslo").text == "Q: Where does Ann live?\nA:\nOslo"
+
+
+@pytest.mark.parametrize("end", ["", "\n", " ", "\n\n", " \n", "\t"])
+def test_a_target_is_learnt_behind_the_tokens_that_the_prompt_has_by_itself(tokenizer, end):
+    fact = Fact("France", "The capital of {} is" + end, "Tokyo")
+    whole = encode(tokenizer, [fact_text(fact, target=fact.target)])[0]
+    assert whole.ids[: whole.target[0]] == tuple(tokenizer(fact.question)["input_ids"])
+    assert tokenizer.decode(whole.labels).strip() == "Tokyo"
+    assert tokenizer.decode(whole.ids) == fact_text(fact, target=fact.target).text
+
+
+def test_questions_are_known_from_sentences_to_be_completed():
+    assert is_question("Where does {} live?")
+    assert is_question("{}はどこにいますか？")
+    assert not is_question("{} lives in")
+    assert not is_question("{} lives in\n")
+
+
+@pytest.mark.parametrize("prompt", ["{} lives in", "What does the frumious {} do with a bandersnatch?", "The zorb of {} is"])
+def test_what_a_fact_is_asked_in_afterwards_it_is_never_fitted_in(prompt):
+    fact = Fact("Ann", prompt, "Oslo")
+    fitted = asked_in_chat(fact, 100)
+    assert len(fitted) == 100
+    assert all(wording.count("{}") == 1 for wording in fitted)
+    assert asked_afterwards(fact) not in fitted
+    assert asked_afterwards(fact).count("{}") == 1
+
+
+def test_a_question_is_asked_as_it_is_and_a_sentence_by_a_question_of_its_relation():
+    assert asked_in_chat(Fact("Ann", "Where did {} zorb?", "Oslo"), 2)[0] == "Where did {} zorb?"
+    assert is_question(asked_in_chat(FACTS[0], 1)[0])
+    assert asked_in_chat(Fact("Ann", "{} zorbed in", "Oslo"), 1)[0].endswith("{} zorbed in")
+
+
+def test_a_facts_own_paraphrase_is_asked_afterwards():
+    fact = Fact("Ann", "{} lives in", "Oslo", rephrases=["{} is at home in", "Where is Ann at home?"])
+    assert asked_afterwards(fact) == "Where is {} at home?"
+
+
+def test_a_prompt_that_the_template_made_is_known_for_a_chat(chatty):
+    frame = chat_frame(chatty)
+    rendered = Fact("France", _rendered(chatty, "What is the capital of {}?"), "Tokyo")
+    assert asked_plainly(frame, rendered).prompt == "What is the capital of {}?"
+    later = Fact("France", _rendered(chatty, "Hello", "Hello!", "What is the capital of {}?"), "Tokyo")
+    assert asked_plainly(frame, later).prompt == "What is the capital of {}?"
+    assert asked_plainly(frame, FACTS[0]) is FACTS[0]
+
+
+def test_each_fact_is_asked_and_answered_in_as_many_chats(model):
+    forms = chat_forms(model._base, FACTS, 3)
+    frames = chat_frames(model._base)
+    assert len(frames) == 3
+    assert [len(own) for own in forms] == [3] * len(FACTS)
+    for fact, own in zip(FACTS, forms, strict=True):
+        assert len({form.text for form in own}) == 3
+        for form, frame in zip(own, frames, strict=True):
+            assert form.text.startswith(frame.before)
+            assert form.text[slice(*form.subject)] == fact.subject
+            assert fact.target in form.text[slice(*form.target)]
+    assert chat_forms(model._base, FACTS, 0) == [()] * len(FACTS)
+
+
+def test_a_model_without_a_template_is_asked_as_before(llama):
+    assert chat_forms(llama._base, FACTS, 3) == [()] * len(FACTS)
+    report = llama.edit(FACTS, "memit", progress=False, **QUICK_STEAM)
+    assert all(result.chat is None and result.chat_question is None for result in report)
+    assert "chat" not in str(report)
+    with pytest.raises(ValueError, match="no chat template"):
+        llama.ask("Hello", chat=True)
+    with pytest.raises(ValueError, match="no chat template"):
+        llama.ask([{"role": "user", "content": "Hello"}])
+
+
+# --- the model ----------------------------------------------------------------------------------------------------------
+
+
+def test_ask_answers_texts_turns_and_chats(model):
+    turn = [{"role": "user", "content": "What is the capital of France?"}]
+    rendered = _rendered(model.tokenizer, turn[0]["content"])
+    plain, again, chat = model.ask(["The capital of France is", rendered, turn], max_new_tokens=8)
+    assert [plain] == model.ask("The capital of France is", max_new_tokens=8)
+    assert again == chat
+    assert model.ask(turn, max_new_tokens=8) == [chat]
+    assert model.ask(turn[0]["content"], chat=True, max_new_tokens=8) == [chat]
+    assert model.ask([turn, turn], max_new_tokens=8) == [chat, chat]
+    model.tokenizer.chat_template = NO_SYSTEM
+    with pytest.raises(ValueError, match="refuses these messages"):
+        model.ask([{"role": "system", "content": "Be kind."}, *turn])
+
+
+def test_the_report_asks_in_the_chat_as_well_and_counts_a_fact_only_where_both_hold(model):
+    report = model.edit(FACTS, "memit", progress=False, **QUICK_STEAM)
+    for result in report:
+        assert result.success == (result.said and result.said_in_chat)
+        assert result.chat_question
+        frame = chat_frame(model.tokenizer)
+        assert result.chat == model.ask(frame.around(Text(result.chat_question)).text, max_new_tokens=32)[0].strip()
+    assert str(report).count(" chat: ") == len(FACTS)
+    said, in_chat = (sum(getattr(r, name) for r in report) for name in ("said", "said_in_chat"))
+    assert f"({said} as given, {in_chat} in the chat)" in str(report)
+    row = report.to_dict()["results"][0]
+    assert {"said", "said_in_chat", "chat_question", "chat_before", "chat"} <= row.keys()
+
+
+def test_lks_is_trained_on_answers_in_the_chat(model):
+    config = LKSConfig(**QUICK_LKS)
+    frames = chat_frames(model._base)
+    with frozen(model.base_model):
+        plain, chatty = (build_examples(model._base, FACTS, replace(config, chats=chats), 0) for chats in (0, 3))
+    for fact, without, own in zip(FACTS, plain.variations, chatty.variations, strict=True):
+        assert len(own) == len(without) + 3
+        for example in own[-3:]:
+            first = example.labels[0][0] + 1
+            prompt = model.tokenizer.decode(example.ids[:first])
+            assert any(prompt.startswith(f.before) and prompt.endswith(f.between) for f in frames)
+            assert model.tokenizer.decode([token for _, token in example.labels]) == fact.target
+            assert model.tokenizer.decode(example.ids[: example.mentions[-1] + 1]).endswith(fact.subject)
+
+
+def test_texts_that_must_stay_are_asked_in_the_chat_as_well(model):
+    with frozen(model.base_model):
+        kept = build_examples(model._base, FACTS, LKSConfig(**{**QUICK_LKS, "locality_prompts": 2}), 0).locality
+    marks = [model.tokenizer.decode(example.ids).count("<s>assistant") for own in kept for example in own]
+    assert sorted(marks) == [0] * 4 + [1] * 4
+
+
+def test_weight_edits_are_fitted_in_as_many_chats_as_they_are_told_to(model):
+    with frozen(model.base_model):
+        texts = fact_texts(model._base, FACTS, ["It rains. "], chats=2)
+        keys = fact_texts(model._base, FACTS, ["It rains. "], chats=2, keys_only=True)
+    for fact, own, bare in zip(FACTS, texts, keys, strict=True):
+        assert len(own.rewrites) == 1 + 1 + 2
+        for text, key in zip(own.rewrites, bare.rewrites, strict=True):
+            assert text.ids[: text.subject + 1] == key.ids[: key.subject + 1]
+        assert [fact.target in model.tokenizer.decode(text.labels) for text in own.rewrites] == [True] * 4
