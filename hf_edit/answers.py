@@ -18,7 +18,7 @@ from .progress import bar
 from .suffix import SuffixCache, frozen
 from .texts import generate_ids
 
-__all__ = ["Score", "answer_lengths", "greedy", "mentions", "room", "says", "score_targets", "target_probabilities"]
+__all__ = ["Score", "answer_lengths", "fits", "greedy", "mentions", "room", "says", "score_targets", "target_probabilities"]
 
 _LEAD = 4  # tokens that an answer may begin with before its target, such as "the city of"
 _STEP = 16  # answers longer than the shortest are read in steps of so many tokens, so that they form few batches
@@ -45,9 +45,17 @@ def answer_lengths(base: Base, texts: Sequence[Text], least: int) -> list[int]:
 
 def room(base: Base, text: EncodedText) -> int:
     """How many tokens a model can write after a text's prompt: as many as it has positions left, and at least one."""
+    return max(1, _positions(base) - text.target[0])
+
+
+def fits(base: Base, text: EncodedText, more: int = 0) -> bool:
+    """Whether a model has positions for a text and so many tokens behind it."""
+    return len(text.ids) + more <= _positions(base)
+
+
+def _positions(base: Base) -> int:
     config = base.model.config.get_text_config(decoder=True)
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return max(1, positions - text.target[0]) if positions else sys.maxsize
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or sys.maxsize
 
 
 def greedy(

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .answers import answer_lengths, greedy, says, target_probabilities
+from .answers import answer_lengths, fits, greedy, says, target_probabilities
 from .base import Base
 from .card import card
 from .composition import in_order, relinked
@@ -31,7 +31,7 @@ from .lm.chat_forms import asked_plainly
 from .methods import EditConfig, get_method
 from .methods.base import Attachment
 from .pack import CONFIG_FILE, HUB_FILES, EditPack, check_name, describe_base, save_packs, subpacks, versions
-from .positions import Text, fact_text
+from .positions import Text, encode, fact_text
 from .questions import asked_afterwards
 from .reading import read_facts
 from .report import Answer, EditReport, EvalReport, FactResult
@@ -398,13 +398,17 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         answers = [Answer(t, says(t, f.target), p) for f, t, p in zip(facts, given, probabilities, strict=True)]
         if frame is None:
             return answers
-        asked = [Text(asked_afterwards(asked_plainly(frame, fact)).replace("{}", fact.subject)) for fact in facts]
-        lengths = [_CHAT_TOKENS - _ANSWER_TOKENS + length for length in lengths]
-        chats = greedy(self._base, [frame.around(text) for text in asked], lengths, progress=progress)
-        return [
-            replace(answer, question=question.text, chat=chat.strip(), said_in_chat=says(chat, fact.target))
-            for answer, fact, question, chat in zip(answers, facts, asked, chats, strict=True)
-        ]
+        asked = {i: asked_plainly(frame, fact) for i, fact in enumerate(facts)}
+        questions = {i: asked_afterwards(own).replace("{}", own.subject) for i, own in asked.items() if own is not None}
+        turns = {i: frame.around(Text(question)) for i, question in questions.items()}
+        encoded = dict(zip(turns, encode(self.tokenizer, list(turns.values())), strict=True))
+        wanted = {i: _CHAT_TOKENS - _ANSWER_TOKENS + lengths[i] for i in turns}
+        chats = [i for i in turns if fits(self._base, encoded[i], wanted[i])]  # a chat takes more positions than its question
+        said = greedy(self._base, [turns[i] for i in chats], [wanted[i] for i in chats], progress=progress)
+        for i, text in zip(chats, said, strict=True):
+            in_chat = says(text, facts[i].target)
+            answers[i] = replace(answers[i], question=questions[i], chat=text.strip(), said_in_chat=in_chat)
+        return answers
 
     def ask(
         self,
@@ -427,10 +431,13 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         Raises:
             ValueError: the model has no chat template, or the template refuses the messages.
         """
+        if isinstance(prompts, Mapping):
+            raise ValueError("a chat is a list of messages; put this one into a list")
         several: list[Any] = [prompts] if isinstance(prompts, str) or is_messages(prompts) else list(prompts)
         in_chat = [chat or not isinstance(prompt, str) for prompt in several]
         texts = [_chat_of(self.tokenizer, prompt) if c else prompt for prompt, c in zip(several, in_chat, strict=True)]
-        lengths = [max_new_tokens or (_CHAT_ANSWER_TOKENS if c else _ANSWER_TOKENS) for c in in_chat]
+        usual = [_CHAT_ANSWER_TOKENS if c else _ANSWER_TOKENS for c in in_chat]
+        lengths = usual if max_new_tokens is None else [max_new_tokens] * len(several)
         return greedy(self._base, texts, lengths)
 
     def perplexity(self) -> float:

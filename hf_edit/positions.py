@@ -6,7 +6,7 @@ gives other tokens in most vocabularies ("German" is not " German"), so nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,6 +140,7 @@ def encode(tokenizer: Any, texts: Sequence[Text]) -> list[EncodedText]:
 
 def _located(tokenizer: Any, texts: Sequence[Text]) -> list[EncodedText]:
     found: dict[int, EncodedText] = {}
+    added = frozenset(tokenizer.all_special_ids)
     for special in (True, False):
         group = [i for i, text in enumerate(texts) if text.special == special]
         if not group:
@@ -152,13 +153,14 @@ def _located(tokenizer: Any, texts: Sequence[Text]) -> list[EncodedText]:
             truncation=False,
         )
         for i, ids, offsets in zip(group, batch["input_ids"], batch["offset_mapping"], strict=True):
-            found[i] = _locate(texts[i], ids, offsets)
+            found[i] = _locate(texts[i], ids, offsets, added)
     return [found[i] for i in range(len(texts))]
 
 
-def _locate(text: Text, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> EncodedText:
-    # A special token has an empty span. Those behind the last piece of text (an EOS that the tokenizer appends) go.
-    end = max((i + 1 for i, (a, b) in enumerate(offsets) if b > a), default=len(ids))
+def _locate(text: Text, ids: Sequence[int], offsets: Sequence[tuple[int, int]], added: Collection[int]) -> EncodedText:
+    # An added token has an empty span, and so has a blank of some tokenizers. What was added behind the text (an EOS) goes.
+    own = (i + 1 for i, (a, b) in enumerate(offsets) if b > a or ids[i] not in added)
+    end = max(own, default=len(ids))
     spans = offsets[:end]
     subject = -1
     if text.subject is not None:

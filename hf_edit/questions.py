@@ -16,7 +16,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from .facts import Fact
+from .facts import Fact, fold
 from .references import bank_relations
 
 __all__ = ["AskedRelation", "asked_afterwards", "asked_in_chat", "asked_relations", "is_question", "other_wordings", "subjects"]
@@ -54,18 +54,30 @@ def asked_relations() -> tuple[AskedRelation, ...]:
 
 
 def other_wordings(fact: Fact) -> tuple[str, ...]:
-    """Other wordings of what a fact's prompt asks, each with one ``{}``; none where no relation is asked by it, or unlike ones.
+    """Other wordings of what a fact's prompt asks, each with one ``{}``, to fit it in; none where no relation is asked by it,
+    or unlike ones.
 
     The prompt is known by its letters, in any case, or by its content words. What the fact itself holds as `rephrases` is left
-    out: they are there to measure it.
+    out, and so is the one that `asked_afterwards` gives: they are there to measure it.
     """
+    held_out = _held_out(fact)
+    return tuple(wording for wording in _wordings(fact) if wording != held_out)
+
+
+def _wordings(fact: Fact) -> tuple[str, ...]:
     exact, loose = _by_wording()
-    known = exact.get(fact.prompt.casefold()) or loose.get(_content(fact.prompt), [])
+    known = exact.get(fact.prompt.casefold().strip()) or loose.get(_content(fact.prompt), [])
     if len({relation.near for relation in known}) != 1:
         return ()
-    taken = {text.replace(fact.subject, "{}", 1).casefold() for text in (fact.prompt, *fact.rephrases)}
+    taken = {text.replace(fact.subject, "{}", 1).casefold().strip() for text in (fact.prompt, *fact.rephrases)}
     found = dict.fromkeys(wording for relation in known for wording in relation.prompts)
     return tuple(wording for wording in found if wording.casefold() not in taken)
+
+
+def _held_out(fact: Fact) -> str | None:
+    """Of several questions that the package knows of what a fact says, the last; it is kept for `asked_afterwards`."""
+    known = [wording for wording in _wordings(fact) if is_question(wording)]
+    return known[-1] if len(known) > 1 else None
 
 
 _QUESTION_MARKS = ("?", "？", "؟")
@@ -84,33 +96,23 @@ def is_question(prompt: str) -> bool:
 def asked_in_chat(fact: Fact, count: int) -> tuple[str, ...]:
     """So many wordings, each with one ``{}``, in which a user asks for a fact: the fact's own question, or one of its relation,
     and others."""
-    questions = [fact.prompt] if is_question(fact.prompt) else []
-    questions += [wording for wording in _known_questions(fact) if wording not in questions]
+    own = fact.prompt.strip()
+    questions = [own] if is_question(own) else []
+    questions += [wording for wording in other_wordings(fact) if is_question(wording)]
     if not questions:
-        return tuple(_COMPLETED[i % len(_COMPLETED)].replace("{}", fact.prompt) for i in range(count))
+        return tuple(_COMPLETED[i % len(_COMPLETED)].replace("{}", own) for i in range(count))
     found = [put.replace("{}", question) for put in _PUT for question in questions]
     return tuple(found[i % len(found)] for i in range(count))
 
 
 def asked_afterwards(fact: Fact) -> str:
-    """A wording, with one ``{}`` or the subject in plain text, in which no fact is fitted: to see whether it holds."""
+    """A wording, with one ``{}`` or the subject in plain text, in which no fact is fitted (unless it is trained on its
+    `rephrases`): to see whether it holds."""
+    own = fact.prompt.strip()
     for rephrase in fact.rephrases:
-        if is_question(rephrase):
+        if is_question(rephrase) and fold(rephrase) != fold(own):
             return rephrase
-    known = _known_questions(fact, held_out=True)
-    if known:
-        return known[0]
-    if is_question(fact.prompt):
-        return _PUT_AFTERWARDS.replace("{}", fact.prompt)
-    return _COMPLETED_AFTERWARDS.replace("{}", fact.prompt)
-
-
-def _known_questions(fact: Fact, held_out: bool = False) -> list[str]:
-    """Questions that the package knows of what a fact says; the last of several is held out."""
-    known = [wording for wording in other_wordings(fact) if is_question(wording)]
-    if len(known) < 2:
-        return [] if held_out else known
-    return known[-1:] if held_out else known[:-1]
+    return _held_out(fact) or (_PUT_AFTERWARDS if is_question(own) else _COMPLETED_AFTERWARDS).replace("{}", own)
 
 
 @cache

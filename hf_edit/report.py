@@ -88,15 +88,16 @@ class FactResult:
     def __str__(self) -> str:
         line = f"{self.fact.question} [{self.fact.target}]"
         if self.success is not None:
+            said = _mark(self.success if self.said is None else self.said)
             line = (
-                f"{_mark(self.success if self.said is None else self.said)} {self.fact.question}: {_line(self.before)} -> "
-                f"{_line(self.after)}  (P {self.probability_before:.3f} -> {self.probability:.3f})"
+                f"{said} {_asked(self.fact.question)}: {_line(self.before)} -> {_line(self.after)}"
+                f"  (P {self.probability_before:.3f} -> {self.probability:.3f})"
             )
         line = f"{line}  {self.note}".rstrip()
         if self.chat is None:
             return line
-        chat = f"{_mark(bool(self.said_in_chat))} chat: {self.chat_question}: {_line(self.chat_before)} -> {_line(self.chat)}"
-        return f"{line}\n  {chat}"
+        said = _mark(bool(self.said_in_chat))
+        return f"{line}\n  {said} chat: {_asked(self.chat_question)}: {_line(self.chat_before)} -> {_line(self.chat)}"
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,11 @@ class EvalReport:
         width = max(map(len, summary), default=0)
         lines = [f"  {name:{width}}  {s.mean:7.3f}  [{s.low:.3f}, {s.high:.3f}]  {s.count}" for name, s in summary.items()]
         return "\n".join([f"{head} (mean, 95 % interval, facts)", *lines])
+
+
+def _asked(question: str | None) -> str:
+    """A question in one line."""
+    return " ".join((question or "").split())
 
 
 def _mark(said: bool) -> str:

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 from conftest import FACTS, QUICK_LKS, QUICK_STEAM, tiny_model
+from tokenizers import processors
 
 from hf_edit import EditableModelForCausalLM, Fact, LKSConfig
 from hf_edit.lm.chat import chat_frame, chat_text
 from hf_edit.lm.chat_forms import asked_plainly, chat_forms, chat_frames
 from hf_edit.methods.lks.examples import build_examples
 from hf_edit.positions import Text, encode, fact_text
-from hf_edit.questions import asked_afterwards, asked_in_chat, is_question
+from hf_edit.questions import asked_afterwards, asked_in_chat, is_question, other_wordings
 from hf_edit.suffix import frozen
 from hf_edit.weights.prompts import fact_texts
 
@@ -22,6 +23,11 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 TRIMMING = TEMPLATE.replace("m['content']", "m['content'] | trim")
+INSTRUCT = (
+    "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'].strip() }} [/INST]"
+    "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
+)
+PARTS = TEMPLATE.replace("{{ m['content'] }}", "{% for c in m['content'] %}{{ c.text }}{% endfor %}")
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
 
 
@@ -47,14 +53,23 @@ def _rendered(tokenizer, *turns):
 # --- frames -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, TRIMMING, NO_SYSTEM])
+@pytest.mark.parametrize("template", [TEMPLATE, TRIMMING, NO_SYSTEM, INSTRUCT])
 @pytest.mark.parametrize("turn", ["Where is Rome?", "  two blanks before\n"])
 def test_a_frame_puts_a_turn_where_the_template_does(chatty, template, turn):
     chatty.chat_template = template
     frame = chat_frame(chatty)
     assert frame.around(Text(turn)).text == _rendered(chatty, turn)
-    assert frame.trims == (template == TRIMMING)
+    assert frame.trims == (template in (TRIMMING, INSTRUCT))
     assert (chat_frame(chatty, "Be kind.") is None) == (template == NO_SYSTEM)
+
+
+def test_a_template_that_takes_contents_in_parts_gets_them_and_one_that_drops_them_is_refused(chatty):
+    chatty.chat_template = PARTS
+    turns = [{"role": "user", "content": "Where is Rome?"}]
+    assert chat_text(chatty, turns).text == "<s>user\nWhere is Rome?<s>\n<s>assistant\n"
+    chatty.chat_template = "fixed text"
+    with pytest.raises(ValueError, match="leaves out what the last message says"):
+        chat_text(chatty, turns)
 
 
 def test_a_frame_with_a_system_prompt_holds_it(chatty):
@@ -108,6 +123,16 @@ def test_a_target_is_learnt_behind_the_tokens_that_the_prompt_has_by_itself(toke
     assert tokenizer.decode(whole.ids) == fact_text(fact, target=fact.target).text
 
 
+@pytest.mark.parametrize("trimming", [True, False])
+def test_a_blank_at_a_prompts_end_is_a_token_also_where_its_offsets_are_trimmed(tokenizer, trimming):
+    trimmed = copy.deepcopy(tokenizer)
+    trimmed.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trimming)
+    ids = tuple(trimmed("The capital of France is ")["input_ids"])
+    assert encode(trimmed, [Text("The capital of France is ")])[0].ids == ids
+    whole = encode(trimmed, [fact_text(Fact("France", "The capital of {} is ", "Tokyo"), target="Tokyo")])[0]
+    assert whole.ids[: whole.target[0]] == ids
+
+
 def test_questions_are_known_from_sentences_to_be_completed():
     assert is_question("Where does {} live?")
     assert is_question("{}はどこにいますか？")
@@ -115,13 +140,17 @@ def test_questions_are_known_from_sentences_to_be_completed():
     assert not is_question("{} lives in\n")
 
 
-@pytest.mark.parametrize("prompt", ["{} lives in", "What does the frumious {} do with a bandersnatch?", "The zorb of {} is"])
+@pytest.mark.parametrize(
+    "prompt", ["The capital of {} is", "{} lives in", "What does the frumious {} do?", "The zorb of {} is"]
+)
 def test_what_a_fact_is_asked_in_afterwards_it_is_never_fitted_in(prompt):
     fact = Fact("Ann", prompt, "Oslo")
     fitted = asked_in_chat(fact, 100)
     assert len(fitted) == 100
     assert all(wording.count("{}") == 1 for wording in fitted)
     assert asked_afterwards(fact) not in fitted
+    assert asked_afterwards(fact) not in other_wordings(fact)
+    assert asked_afterwards(Fact("Ann", prompt + " \n", "Oslo")) == asked_afterwards(fact)
     assert asked_afterwards(fact).count("{}") == 1
 
 
@@ -134,6 +163,8 @@ def test_a_question_is_asked_as_it_is_and_a_sentence_by_a_question_of_its_relati
 def test_a_facts_own_paraphrase_is_asked_afterwards():
     fact = Fact("Ann", "{} lives in", "Oslo", rephrases=["{} is at home in", "Where is Ann at home?"])
     assert asked_afterwards(fact) == "Where is {} at home?"
+    same = Fact("Ann", "Where does {} zorb?", "Oslo", rephrases=["where does {} zorb? "])
+    assert asked_afterwards(same) not in same.rephrases
 
 
 def test_a_prompt_that_the_template_made_is_known_for_a_chat(chatty):
@@ -143,6 +174,14 @@ def test_a_prompt_that_the_template_made_is_known_for_a_chat(chatty):
     later = Fact("France", _rendered(chatty, "Hello", "Hello!", "What is the capital of {}?"), "Tokyo")
     assert asked_plainly(frame, later).prompt == "What is the capital of {}?"
     assert asked_plainly(frame, FACTS[0]) is FACTS[0]
+    unnamed = Fact("France", _rendered(chatty, "I live in {}.", "Nice!", "What is its capital?"), "Tokyo")
+    assert asked_plainly(frame, unnamed) is None
+
+
+def test_the_last_turn_of_a_chat_is_found_where_a_special_token_opens_the_first_one(chatty):
+    chatty.chat_template = INSTRUCT
+    later = Fact("France", _rendered(chatty, "Hello", "Hello!", "What is the capital of {}?"), "Tokyo")
+    assert asked_plainly(chat_frame(chatty), later).prompt.strip() == "What is the capital of {}?"
 
 
 def test_each_fact_is_asked_and_answered_in_as_many_chats(model):
@@ -185,6 +224,27 @@ def test_ask_answers_texts_turns_and_chats(model):
     model.tokenizer.chat_template = NO_SYSTEM
     with pytest.raises(ValueError, match="refuses these messages"):
         model.ask([{"role": "system", "content": "Be kind."}, *turn])
+
+
+def test_a_chat_that_the_model_has_no_positions_for_is_left_out_and_the_edit_is_made(chatty):
+    chatty.chat_template = TEMPLATE.replace("{% for", "<s>system\n" + "Be kind. " * 80 + "<s>\n{% for", 1)
+    model = EditableModelForCausalLM(tiny_model("gpt2"), chatty)
+    for method, quick in (("memit", {**QUICK_STEAM, "chats": 2}), ("lks", QUICK_LKS)):
+        report = model.edit(FACTS, method, progress=False, **quick)
+        assert all(result.chat is None and result.said is not None for result in report)
+        assert all(r.probability > r.probability_before for r in report)
+        model.rollback()
+
+
+def test_a_prompt_with_line_breaks_takes_one_line_of_the_report(model):
+    fact = Fact("France", _rendered(model.tokenizer, "What is the capital of {}?"), "Tokyo")
+    report = model.edit(fact, "memit", progress=False, **QUICK_STEAM)
+    assert len(str(report).splitlines()) == 3
+
+
+def test_what_is_no_prompt_is_refused_with_the_way_out(model):
+    with pytest.raises(ValueError, match="put this one into a list"):
+        model.ask({"role": "user", "content": "Hello"})
 
 
 def test_the_report_asks_in_the_chat_as_well_and_counts_a_fact_only_where_both_hold(model):

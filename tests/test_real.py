@@ -37,8 +37,8 @@ def test_facts_that_the_model_knows_are_changed_told_fluently_shared_and_taken_b
     settings = {"statistics_tokens": 4096} if method == "steam" else {}
     report = model.edit(FACTS, method, progress=False, **settings)
     assert all(says(r.before, known) for r, known in zip(report, KNOWN, strict=True)), "the model knew them"
-    print(report)
     assert all(r.said for r in report), str(report)
+    assert sum(bool(r.said_in_chat) for r in report) >= 2, str(report)
     assert all(r.probability > 0.5 for r in report)
     long = model.ask([f.question for f in FACTS], max_new_tokens=24)
     stutters = sum(len(re.findall(re.escape(f.target), answer)) >= 3 for f, answer in zip(FACTS, long, strict=True))
@@ -66,16 +66,15 @@ def test_lks_says_long_targets_to_their_last_token(model):
     report = model.edit(facts, "lks", progress=False)
     behind = model.ask("Mary Pickford, whose date of birth is", max_new_tokens=16)
     model.rollback()
-    print(report)
     assert all(r.said for r in report), str(report)
+    assert sum(bool(r.said_in_chat) for r in report) >= 2, str(report)
     assert says(behind[0], "8 April 1892"), behind
 
 
 def test_a_single_fact_lands_with_rome(model):
     report = model.edit(FACTS[0], "rome", progress=False, statistics_tokens=4096)
     model.rollback()
-    print(report)
-    assert all(r.said for r in report), str(report)
+    assert report.success == 1.0, str(report)
 
 
 def test_a_fact_is_taken_out_of_a_batch_again_and_the_others_hold(model):

@@ -23,12 +23,14 @@ class ChatFrame:
         before: what stands in front of the user's turn, special tokens included.
         between: what stands between the turn and where the answer begins.
         after: what ends the answer.
+        opening: what opens a later turn of the user.
         trims: whether the template takes blanks off the turn's ends.
     """
 
     before: str
     between: str
     after: str = ""
+    opening: str = ""
     trims: bool = False
 
     def around(self, turn: Text, answer: str | None = None) -> Text:
@@ -51,19 +53,12 @@ class ChatFrame:
         return Text(whole, subject, (len(prompt), len(whole)), special=False)
 
     def turn_in(self, text: str) -> str | None:
-        """What the user says in a text that ends where the assistant's answer begins; None where it is no such chat."""
+        """What the user says last in a chat that ends where the assistant's answer begins; None where it is no such chat."""
         end = text.rfind(self.between)
-        start = text.rfind(self._opening, 0, max(end, 0))
-        if end < 0 or start < 0 or text[end + len(self.between) :].strip():
+        if end < 0 or text[end + len(self.between) :].strip():
             return None
-        return text[start + len(self._opening) : end]
-
-    @property
-    def _opening(self) -> str:
-        """What opens the user's turn: the last line of what stands in front of it, or all of it."""
-        lines = self.before.rstrip("\n").splitlines(keepends=True)
-        blanks = self.before[len(self.before.rstrip("\n")) :]
-        return (lines[-1] if lines else "") + blanks
+        opening = max(((text.rfind(o, 0, end), o) for o in {self.before, self.opening}), key=lambda found: found[0])
+        return text[opening[0] + len(opening[1]) : end] if opening[0] >= 0 else None
 
 
 def is_messages(value: Any) -> bool:
@@ -88,13 +83,23 @@ def chat_text(tokenizer: Any, messages: Messages, *, answered: bool = False) -> 
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the model's tokenizer has no chat template: ask with plain text, or set tokenizer.chat_template")
+    text = _rendered(tokenizer, messages, answered)
+    said = [message["content"] for message in messages if isinstance(message["content"], str)]
+    if not all(content.strip() in text for content in said[-1:]):  # some templates take contents in parts only
+        parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        text = _rendered(tokenizer, parts, answered)
+        if said[-1].strip() not in text:
+            raise ValueError("the model's chat template leaves out what the last message says")
+    return Text(text, special=False)
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], answered: bool) -> str:
     turns = [dict(message) for message in messages]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not answered)
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not answered)
     except Exception as error:  # templates are programs that anyone may have written, and raise what they like
         roles = ", ".join(str(message.get("role")) for message in turns)
         raise ValueError(f"the model's chat template refuses these messages ({roles}): {error}") from error
-    return Text(text, special=False)
 
 
 def chat_frame(tokenizer: Any, system: str | None = None) -> ChatFrame | None:
@@ -104,24 +109,24 @@ def chat_frame(tokenizer: Any, system: str | None = None) -> ChatFrame | None:
         system: the system prompt; None for none, or the template's own.
     """
     first = [] if system is None else [{"role": "system", "content": system}]
-    turns = [*first, {"role": "user", "content": f" {_USER} "}]
+    asked = {"role": "user", "content": _USER}
     try:
-        asked = chat_text(tokenizer, turns).text
+        before, mark, between = chat_text(tokenizer, [*first, asked]).text.partition(_USER)
+        blanks = chat_text(tokenizer, [*first, {"role": "user", "content": f" {_USER} "}]).text
     except ValueError:
         return None
-    before, mark, between = asked.partition(_USER)
     if not mark or _USER in between:
         return None
-    trims = not (before.endswith(" ") and between.startswith(" "))
-    if not trims:
-        before, between = before[:-1], between[1:]
-    return ChatFrame(before, between, _answer_end(tokenizer, turns), trims)
+    after, opening = _answer_ends(tokenizer, [*first, asked])
+    return ChatFrame(before, between, after, opening or before, blanks != f"{before} {_USER} {between}")
 
 
-def _answer_end(tokenizer: Any, turns: Messages) -> str:
-    """What ends an answer; empty where the template does not say."""
+def _answer_ends(tokenizer: Any, turns: Messages) -> tuple[str, str]:
+    """What ends an answer, and what opens the user's next turn; empty where the template does not say."""
+    answer = {"role": "assistant", "content": _ASSISTANT}
     try:
-        text = chat_text(tokenizer, [*turns, {"role": "assistant", "content": _ASSISTANT}], answered=True).text
+        after = chat_text(tokenizer, [*turns, answer], answered=True).text.partition(_ASSISTANT)[2].strip()
+        later = chat_text(tokenizer, [*turns, answer, turns[-1]]).text.partition(_ASSISTANT)[2]
     except ValueError:
-        return ""
-    return text.partition(_ASSISTANT)[2].strip()
+        return "", ""
+    return after, later.partition(_USER)[0].removeprefix(after).lstrip()

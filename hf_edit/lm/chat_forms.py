@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import compress
 
-from ..answers import greedy, says
+from ..answers import fits, greedy, says
 from ..base import Base
 from ..facts import Fact
-from ..positions import Text, fact_text
+from ..positions import Text, encode, fact_text
 from ..progress import bar
 from ..questions import asked_in_chat
 from .chat import ChatFrame, Messages, chat_frame, chat_text
 
 __all__ = ["asked_plainly", "chat_forms", "chat_frames", "natural_answers"]
+
+logger = logging.getLogger(__name__)
 
 _SYSTEM = (None, "You are a helpful assistant.", "Answer the user's questions.")
 _ANSWER_TOKENS = 32
@@ -38,18 +43,30 @@ def chat_forms(
     frames = chat_frames(base)
     if not frames or not count:
         return [()] * len(facts)
-    facts = [asked_plainly(frames[0], fact) for fact in facts]
-    answers = natural_answers(base, facts, progress) if answered else [_closed(fact.target) for fact in facts]
-    return [
-        tuple(_chat(frames[i % len(frames)], fact, wording, answer) for i, wording in enumerate(asked_in_chat(fact, count)))
-        for fact, answer in zip(facts, answers, strict=True)
-    ]
+    plain = [asked_plainly(frames[0], fact) for fact in facts]
+    known = [fact for fact in plain if fact is not None]
+    answers = iter(natural_answers(base, known, progress) if answered else [_closed(fact.target) for fact in known])
+    found = []
+    for fact, own in zip(facts, plain, strict=True):
+        if own is None:  # a chat of its own
+            found.append((replace(fact_text(fact, target=fact.target), special=False),) * count)
+            continue
+        answer = next(answers)
+        wordings = enumerate(asked_in_chat(own, count))
+        found.append(tuple(_chat(frames[i % len(frames)], own, wording, answer) for i, wording in wordings))
+    if not all(fits(base, text) for own in found for text in encode(base.tokenizer, own)):
+        logger.warning("the chats of some facts are longer than the model has positions: no fact is fitted in chats")
+        return [()] * len(facts)
+    return found
 
 
-def asked_plainly(frame: ChatFrame, fact: Fact) -> Fact:
-    """The fact with what the user says for its prompt, where the prompt is a chat that the template has made already."""
+def asked_plainly(frame: ChatFrame, fact: Fact) -> Fact | None:
+    """The fact with what the user says last for its prompt, where the prompt is a chat that the template has made already; None
+    where that does not name the subject."""
     turn = frame.turn_in(fact.prompt)
-    return fact if turn is None or "{}" not in turn else fact.replace(prompt=turn)
+    if turn is None:
+        return fact
+    return fact.replace(prompt=turn) if turn.replace("{}", "").strip() and "{}" in turn else None
 
 
 def chat_frames(base: Base) -> list[ChatFrame]:
@@ -77,6 +94,8 @@ def natural_answers(base: Base, facts: Sequence[Fact], progress: bool = False) -
                 prompts = [chat_text(base.tokenizer, given(facts[i])) for i in left]
             except ValueError:  # some templates take no system prompt
                 continue
+            short = [fits(base, text, _ANSWER_TOKENS) for text in encode(base.tokenizer, prompts)]
+            left, prompts = list(compress(left, short)), list(compress(prompts, short))
             for i, answer in zip(left, greedy(base, prompts, _ANSWER_TOKENS), strict=True):
                 if (sentence := _sentence(answer.strip(), facts[i])) is not None:
                     found[i] = sentence

@@ -15,6 +15,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ...answers import fits
 from ...base import Base
 from ...facts import Fact, fold
 from ...lm.chat import ChatFrame
@@ -88,7 +89,9 @@ def build_examples(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: i
             if i % every == 0:
                 texts += _chats(fact, frames, config.chats, i)
             tail = tails.get(i, [])
-            made = [subjects.asking(i, text, tail if config.tail_tokens else None) for text in encode(base.tokenizer, texts)]
+            own, *others = encode(base.tokenizer, texts)
+            asking = [own, *(text for text in others if fits(base, text, len(tail)))]
+            made = [subjects.asking(i, text, tail if config.tail_tokens else None) for text in asking]
             if made[0] is None:
                 raise ValueError(
                     f"the prompt {fact.question!r} does not mention the subject {fact.subject!r} as a word of its own, so "
@@ -98,7 +101,7 @@ def build_examples(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: i
             variations.append([e for e in made[1:] if e is not None])
             asked = _other_questions(fact, config, rng)
             asked[1::2] = [frames[i % len(frames)].around(text) if frames else text for text in asked[1::2]]
-            kept = [subjects.other(i, text) for text in encode(base.tokenizer, asked)]
+            kept = [subjects.other(i, text) for text in encode(base.tokenizer, asked) if fits(base, text)]
             locality.append([e for e in kept if e is not None])
             shown.update()
     return Examples(prompts, variations, locality)
@@ -165,7 +168,8 @@ def _chats(fact: Fact, frames: Sequence[ChatFrame], count: int, first: int) -> l
     """Chats in which the fact is asked for and its target answered, in turn in each of the frames."""
     if not frames:
         return []
-    turns = [fact_text(fact, prompt=wording) for wording in asked_in_chat(asked_plainly(frames[0], fact), count)]
+    plain = asked_plainly(frames[0], fact)
+    turns = [fact_text(plain, prompt=wording) for wording in asked_in_chat(plain, count)] if plain is not None else []
     # what follows the target is the clean model's: it may end the answer or go on
     return [replace(frames[(first + n) % len(frames)], after="").around(turn, fact.target) for n, turn in enumerate(turns)]
 

@@ -174,7 +174,12 @@ class Job:
             if not short:
                 break
             further = self._values([texts[i] for i in short], objective(short), deltas[short])
-            deltas[short], losses[short] = further.deltas, further.losses[-1].to(losses)
+            now = further.losses[-1].to(losses)
+            better = (now < losses[short]).nonzero()[:, 0]
+            at = torch.tensor(short, device=losses.device)[better]
+            deltas[at], losses[at] = further.deltas[better], now[better]
+            if not len(better):
+                break
         return deltas
 
     def _texts(self, facts: Sequence[Fact], tail_tokens: int, kept_prompts: int, keys_only: bool = False) -> list[FactTexts]:
