@@ -57,8 +57,9 @@ class ChatFrame:
         end = text.rfind(self.between)
         if end < 0 or text[end + len(self.between) :].strip():
             return None
-        opening = max(((text.rfind(o, 0, end), o) for o in {self.before, self.opening}), key=lambda found: found[0])
-        return text[opening[0] + len(opening[1]) : end] if opening[0] >= 0 else None
+        openings = [opening for opening in (self.before, self.opening) if opening]
+        begins = [at + len(opening) for opening in openings if (at := text.rfind(opening, 0, end)) >= 0]
+        return text[max(begins, default=0) : end] if begins or not openings else None
 
 
 def is_messages(value: Any) -> bool:
@@ -86,11 +87,15 @@ def chat_text(tokenizer: Any, messages: Messages, *, answered: bool = False) -> 
     text = _rendered(tokenizer, messages, answered)
     said = [message["content"] for message in messages if isinstance(message["content"], str)]
     if not all(content.strip() in text for content in said[-1:]):  # some templates take contents in parts only
-        parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        parts = [{**m, "content": _parts(m["content"])} for m in messages]
         text = _rendered(tokenizer, parts, answered)
         if said[-1].strip() not in text:
             raise ValueError("the model's chat template leaves out what the last message says")
     return Text(text, special=False)
+
+
+def _parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], answered: bool) -> str:

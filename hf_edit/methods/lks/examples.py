@@ -86,8 +86,8 @@ def build_examples(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: i
     with bar(len(facts), "writing texts", "fact", progress) as shown:
         for i, fact in enumerate(facts):
             texts = [fact_text(fact, target=fact.target), *_variations(fact, contexts, reworded, variety, rng)]
-            if i % every == 0:
-                texts += _chats(fact, frames, config.chats, i)
+            chatting = frames if i % every == 0 else []
+            texts += _chats(fact, chatting, config.chats, i)
             tail = tails.get(i, [])
             own, *others = encode(base.tokenizer, texts)
             asking = [own, *(text for text in others if fits(base, text, len(tail)))]
@@ -100,7 +100,7 @@ def build_examples(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: i
             prompts.append(made[0])
             variations.append([e for e in made[1:] if e is not None])
             asked = _other_questions(fact, config, rng)
-            asked[1::2] = [frames[i % len(frames)].around(text) if frames else text for text in asked[1::2]]
+            asked[1::2] = [chatting[i % len(frames)].around(text) if chatting else text for text in asked[1::2]]
             kept = [subjects.other(i, text) for text in encode(base.tokenizer, asked) if fits(base, text)]
             locality.append([e for e in kept if e is not None])
             shown.update()
