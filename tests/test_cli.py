@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -68,6 +69,16 @@ def test_mistakes_end_in_one_line_and_a_failing_exit_code(base, tmp_path, capsys
     assert _run("edit", base, facts, "--output", tmp_path / "pack", "--set", "stepps=3") == 1
     assert "did you mean 'steps'" in capsys.readouterr().err
     assert not (tmp_path / "pack").exists()
+
+
+def test_a_question_is_asked_in_the_chat_where_the_model_has_a_template(base, tmp_path, capsys):
+    assert _run("ask", base, "Hello", "--chat") == 1
+    assert "no chat template" in capsys.readouterr().err
+    chatty = shutil.copytree(base, tmp_path / "chatty")
+    (chatty / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    assert _run("ask", chatty, "The capital of France is", "--chat", "--json", "--max-new-tokens", "4") == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["before"] == row["after"]
 
 
 def test_methods_are_listed_with_their_settings(capsys):
