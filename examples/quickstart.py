@@ -108,17 +108,23 @@ def edit_and_show(model: EditableModelForCausalLM, method: str, rows: list[tuple
     now = model.ask(paraphrases)
     for result, (fact, paraphrase, old), before, after in zip(report, rows, paraphrased, now, strict=True):
         knew = "knew it" if says(result.before or "", old) else f"expected {old}"
-        print(f"{'ok  ' if result.success else 'MISS'} {fact.question} ... ({knew})")
+        print(f"{'ok  ' if result.said else 'MISS'} {fact.question} ... ({knew})")
         print(f"       before {line(result.before)}\n       after  {line(result.after)}")
         print(f"  {'ok  ' if says(after, fact.target) else 'miss'} {paraphrase} ...  {line(before)} -> {line(after)}")
-    answered = sum(bool(r.success) for r in report)
+        if result.chat is not None:
+            said = "ok  " if result.said_in_chat else "miss"
+            print(f"  {said} chat: {result.chat_question} ...  {line(result.chat_before)} -> {line(result.chat)}")
+    answered, in_chat = (sum(bool(getattr(r, name)) for r in report) for name in ("said", "said_in_chat"))
     heard = sum(says(a, f.target) for a, f in zip(now, facts, strict=True))
     kept = []
     for (prompt, right), before, after in zip(UNRELATED.items(), unrelated, model.ask(list(UNRELATED)), strict=True):
         kept.append(says(before, right) and says(after, right))
         print(f"{'same' if kept[-1] else 'CHANGED'} {prompt} ...  {line(before)} -> {line(after)}")
     count = len(facts)
-    print(f"{answered} of {count} facts, {heard} of {count} paraphrases, {sum(kept)} of {len(kept)} unrelated answers kept")
+    print(
+        f"{answered} of {count} facts, {in_chat} of {count} in the chat, {heard} of {count} paraphrases, "
+        f"{sum(kept)} of {len(kept)} unrelated answers kept"
+    )
     return answered == len(facts) and all(kept)
 
 
