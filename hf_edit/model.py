@@ -269,15 +269,22 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         check_name(pack_name)
         explicit = config.to_dict() if isinstance(config, EditConfig) else dict(config or {})
         given = {**explicit, **config_overrides}
-        state: tuple[dict[str, EditPack], tuple[str, ...]] | None = None
+        made: dict[str, EditPack] | None = None
         try:
             with self._turns.change():
                 state = self._packs.copy(), self._active
-                return self._edit(facts, method, settings, given, pack_name, on_conflict, verify, seed, progress)
-        except BaseException:
-            if state is not None:
-                with self._turns.lock:
+                try:
+                    report = self._edit(facts, method, settings, given, pack_name, on_conflict, verify, seed, progress)
+                    made = self._packs
+                    return report
+                except BaseException:
                     self._put(*state)
+                    raise
+        except BaseException:
+            if made is not None:  # interrupted on the way out; another thread may have had its turn since
+                with self._turns.lock:
+                    if self._packs is made:
+                        self._put(*state)
             raise
 
     def _edit(

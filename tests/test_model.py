@@ -390,6 +390,35 @@ def test_nothing_that_threads_change_at_once_is_lost(llama):
     assert same(clean, llama.base_model)
 
 
+def test_an_edit_that_fails_takes_back_nothing_of_other_threads(llama, monkeypatch):
+    _edit(llama, FACTS[0], method="memit")
+    pack = llama.packs["default"]
+    llama.rollback()
+    failing = threading.Event()
+    restore = llama._put
+
+    def slowly(*state):
+        restore(*state)
+        if failing.is_set():
+            time.sleep(0.05)
+
+    def fail(*_, **__):
+        failing.set()
+        time.sleep(0.2)  # the other thread waits for its turn
+        raise RuntimeError("no fit")
+
+    monkeypatch.setattr(llama, "_put", slowly)
+    monkeypatch.setattr(llama, "_fit", fail)
+
+    def load():
+        failing.wait()
+        llama.load_pack(pack, "other")
+
+    (error,) = _together(lambda: _edit(llama, FACTS[1]), load)
+    assert str(error) == "no fit"
+    assert llama.active_packs == ["other"]
+
+
 def test_a_change_waits_for_threads_that_need_the_model_clean(llama):
     _edit(llama, FACTS[0], method="memit")
     pack = llama.packs["default"]
