@@ -79,7 +79,7 @@ def test_a_facts_rephrases_serve_all_facts_that_are_asked_in_its_words_where_the
         Fact("Spain", "The  Mayor of {} is", "Oslo"),
         Fact("Germany", "The river of {} is", "Paris"),
     ]
-    config = LKSConfig(contexts=0, variations=4, train_on_rephrases=allowed)
+    config = LKSConfig(contexts=0, variations=40, train_on_rephrases=allowed)  # all that there are
     with llama.disable_edits():
         made = build_examples(llama._base, facts, config, seed=0)
     texts = [[llama.tokenizer.decode(e.ids) for e in group] for group in made.variations]
