@@ -693,15 +693,23 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         number: int | None = None
         before: tuple[str, ...] = ()
         try:
-            with self._turns.lock, uninterrupted():
-                number = self._turns.enter()
-                before = self._active
-                self._put(self._packs, ())
-            yield
-        finally:
-            if number is not None:
-                with uninterrupted(), self._turns.lock:
-                    self._enable(number, before)
+            try:
+                with self._turns.lock, uninterrupted():
+                    number = self._turns.enter()
+                    before = self._active
+                    self._put(self._packs, ())
+                yield
+            finally:
+                self._leave(number, before)
+        except BaseException:  # also an interrupt on the way out
+            self._leave(number, before)
+            raise
+
+    def _leave(self, number: int | None, names: tuple[str, ...]) -> None:
+        """End a context of `disable_edits`; may be called again."""
+        with uninterrupted(), self._turns.lock:
+            if number in self._turns.clean:
+                self._enable(number, names)
 
     def _enable(self, number: int, names: tuple[str, ...]) -> None:
         """Put packs in force again, beneath what was put on meanwhile; or leave it to the contexts that still need them off."""
