@@ -61,14 +61,14 @@ class Turns:
         """Wait for the other threads' contexts to end, then hold the lock."""
         me = threading.get_ident()
         with self.lock:
-            self._waiting += 1
-            try:
-                # who needs the model clean as well does not wait: two such threads would wait for each other
-                while self.clean and me not in self.clean.values():
+            # who needs the model clean as well does not wait: two such threads would wait for each other
+            while self.clean and me not in self.clean.values():
+                self._waiting += 1
+                try:
                     self._moved.wait()
-            finally:
-                self._waiting -= 1
-                self._moved.notify_all()
+                finally:
+                    self._waiting -= 1
+                    self._moved.notify_all()
             yield
 
     def enter(self) -> int:
