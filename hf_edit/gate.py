@@ -273,7 +273,7 @@ _WORD = re.compile(r"\w+")
 _OWN_WORDS = 4  # as many words of a mention may be all that its later mentions say
 
 
-def asks_about_another(before: str, after: str) -> bool:
+def asks_about_another(before: str, after: str, prompt: str = "") -> bool:
     """Whether a text goes on, in a later sentence than that of a mention, to ask about somebody else who is named there.
 
     What is asked is in the state at a prompt's end, about whom is hardly. So a rule must do, which goes by capitals: the last
@@ -284,6 +284,7 @@ def asks_about_another(before: str, after: str) -> bool:
     Args:
         before: the text up to the end of the mention.
         after: what follows, up to the end of the prompt.
+        prompt: the fact's own prompt; whoever it names belongs to the question.
     """
     begin = max((m.end() for m in SENTENCE_END.finditer(after) if after[m.end() :].strip()), default=0)
     if not begin:
@@ -291,7 +292,7 @@ def asks_about_another(before: str, after: str) -> bool:
     text = before + after
     starts = {0, *(m.end() for m in SENTENCE_END.finditer(text))}
     names = {m.group() for m in _WORD.finditer(text) if m.group()[0].isupper() and m.start() not in starts}
-    own = {"I", *_WORD.findall(before)[-_OWN_WORDS:]}
+    own = {"I", *_WORD.findall(before)[-_OWN_WORDS:], *_WORD.findall(prompt)}
     return any(word in names and word not in own for word in _WORD.findall(after[begin:]))
 
 

@@ -435,18 +435,21 @@ class MentionAttachment:
                 continue
             facts = [f for e in entities for f in self._facts[e]]
             owner = [e for e in entities for _ in self._facts[e]]
+            if question.final:
+                row.events += [(question.column, e, _NONE) for e in entities]
+            if own := self._routing.own(self._text(plan, question, self._routing.window, special=True), facts):
+                row.events += [(question.column, owner[facts.index(fact)], fact) for fact in own]
+                continue
             least = gate.threshold if question.final else gate.sure
             scores = [
                 self._routing.scores(query, self._facts[e], functools.partial(self._asked, plan, question, e), least)
                 for e in entities
             ]
-            if question.final:
-                row.events += [(question.column, e, _NONE) for e in entities]
             near = torch.cat(scores)
             for best in near.argsort(descending=True).tolist():
                 if bool(near[best].isneginf()):
                     break
-                if not self._about_another(plan, question, owner[best]):
+                if not self._about_another(plan, question, owner[best], self._routing.prompt(facts[best])):
                     row.events.append((question.column, owner[best], facts[best]))
                     break
 
@@ -464,16 +467,20 @@ class MentionAttachment:
 
     def _asked(self, plan: _Plan, question: _Question, entity: int) -> str:
         """The words of a question, without the entity's name."""
-        row = plan.rows[question.row]
-        seen = slice(max(0, question.column + 1 - _WINDOW), question.column + 1)
-        ids = row.ids[seen]
-        if plan.mask is not None:
-            ids = [token for token, kept in zip(ids, plan.mask[question.row, seen].tolist(), strict=True) if kept]
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._text(plan, question, _WINDOW)
         return asked_words(text, [(m.start, m.end) for m in self._scope.find(text) if m.entity == entity])
 
-    def _about_another(self, plan: _Plan, question: _Question, entity: int) -> bool:
-        """Whether the question is put about somebody who is named after the entity's last mention."""
+    def _text(self, plan: _Plan, question: _Question, window: int, special: bool = False) -> str:
+        """The last tokens of the text up to a question, with or without special tokens."""
+        seen = slice(max(0, question.column + 1 - window), question.column + 1)
+        ids = plan.rows[question.row].ids[seen]
+        if plan.mask is not None:
+            ids = [token for token, kept in zip(ids, plan.mask[question.row, seen].tolist(), strict=True) if kept]
+        return self._tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+
+    def _about_another(self, plan: _Plan, question: _Question, entity: int, prompt: str) -> bool:
+        """Whether the question is put about somebody who is named after the entity's last mention, and not in a fact's own
+        prompt."""
         row = plan.rows[question.row]
         last = max(c for c, e in row.mentions if e == entity and c <= question.column)
         kept = [True] * len(row.ids) if plan.mask is None else plan.mask[question.row].tolist()
@@ -481,7 +488,7 @@ class MentionAttachment:
             self._tokenizer.decode([row.ids[c] for c in columns if kept[c]], clean_up_tokenization_spaces=False)
             for columns in (range(last + 1), range(last + 1, question.column + 1))
         )
-        return asks_about_another(before, after)
+        return asks_about_another(before, after, prompt)
 
     def _wanted(self, row: _Row) -> dict[int, _On]:
         """By column, the fact that is to be on."""

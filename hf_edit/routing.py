@@ -12,6 +12,8 @@ from .errors import MergeError, PackFormatError
 from .facts import Fact
 from .gate import Gate, LearnedGate, PromptEnd, block_read, embedding_size, gate_block, read_queries
 from .gate_training import train_gate
+from .lm.chat import chat_frame
+from .own_prompts import OwnPrompts, user_says
 from .wording import Words, agreement, asked_words, word_ids
 
 __all__ = ["GATE", "Routing", "fit_routing", "gate_names", "joined_routing", "kept_routing", "load_routing", "validate_routing"]
@@ -26,12 +28,38 @@ class Routing:
         keys: [facts, size], `Gate.project` of the state behind each fact's own prompt.
         prompts: the facts' own prompts, with ``{}``.
         block: the block whose output the gate reads. Where the edit acts below it, a prompt that asks for a fact runs twice.
+        own: recognises the facts' own prompts, which need no gate.
     """
 
-    def __init__(self, base: Base, gate: Gate, keys: torch.Tensor, prompts: Sequence[str], block: int) -> None:
+    def __init__(
+        self,
+        base: Base,
+        gate: Gate,
+        keys: torch.Tensor,
+        prompts: Sequence[str],
+        block: int,
+        own: OwnPrompts | None = None,
+    ) -> None:
         self.gate, self.block = gate.to(base.device), block
-        self._base, self._keys, self._prompts = base, keys.to(base.device), prompts
+        self._base, self._keys, self._prompts, self._own = base, keys.to(base.device), prompts, own
         self._known: dict[tuple[int, ...], Words] = {}  # of facts that were asked for: few are
+
+    @property
+    def window(self) -> int:
+        """How many tokens at the end of a text `own` has to see."""
+        return 0 if self._own is None else self._own.longest
+
+    def own(self, text: str, facts: Sequence[int]) -> list[int]:
+        """Of some facts those whose own prompt ends a text: they are asked for, whatever the scores are.
+
+        Args:
+            text: the last `window` tokens up to the end of its content.
+        """
+        return [] if self._own is None else self._own.asked_by(text, facts)
+
+    def prompt(self, fact: int) -> str:
+        """A fact's own prompt, with ``{}``."""
+        return self._prompts[fact]
 
     def scores(self, query: torch.Tensor, facts: Sequence[int], asked: Callable[[], str], least: torch.Tensor) -> torch.Tensor:
         """How much a prompt asks for each of some facts, [facts], see `Gate.scores`; -inf where that is below `least`.
@@ -161,4 +189,6 @@ def load_routing(base: Base, tensors: Mapping[str, torch.Tensor], facts: Sequenc
     gate = Gate.from_tensors(tensors, GATE)
     if gate is None:
         return None
-    return Routing(base, gate, tensors[_KEYS], [fact.prompt for fact in facts], int(tensors[_BLOCK]))
+    frame = chat_frame(base.tokenizer)
+    prompts = [user_says(fact.prompt, frame) for fact in facts]
+    return Routing(base, gate, tensors[_KEYS], prompts, int(tensors[_BLOCK]), OwnPrompts(facts, frame))

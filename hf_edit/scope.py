@@ -13,7 +13,7 @@ import ahocorasick
 from .facts import Fact
 from .positions import joined_without_space
 
-__all__ = ["Entities", "Mention", "Scope", "mentions_in_tokens", "text_of"]
+__all__ = ["Entities", "Mention", "Phrase", "Scope", "alike", "begins_word", "mentions_in_tokens", "text_of"]
 
 _EXACT_CASE = 3  # names up to this length match in their own case only: "US" is not "us"
 _FUZZY_LENGTH = 8  # names from this length on are also found with one typing mistake, where that is asked for
@@ -35,6 +35,16 @@ class Mention:
     entity: int
 
 
+@dataclass(frozen=True)
+class Phrase:
+    """A text in which characters `start` to `end` mention an entity, whatever else they may be a part of."""
+
+    text: str
+    start: int
+    end: int
+    entity: int
+
+
 class Scope:
     """A dictionary of entities that finds every mention of each in a text in one pass, however many there are.
 
@@ -47,18 +57,20 @@ class Scope:
         names: for each entity, its names.
         fuzzy: also find names of eight letters or more with one letter too many, missing, wrong, or two letters swapped,
             where the first letter is right and no entity has that very name.
+        phrases: texts whose mention is found wherever they occur, in any case, even within a word or a longer name. That
+            mention may overlap another one.
 
     Attributes:
         longest: bytes of the longest name: no tokenizer needs more tokens for it.
     """
 
-    def __init__(self, names: Sequence[Iterable[str]], fuzzy: bool = False) -> None:
+    def __init__(self, names: Sequence[Iterable[str]], fuzzy: bool = False, phrases: Sequence[Phrase] = ()) -> None:
         self._automaton = ahocorasick.Automaton()
         self._owners: dict[str, list[tuple[str, int]]] = {}
         self.longest = 0
         for entity, own in enumerate(names):
             for name in own:
-                composed = _alike(unicodedata.normalize("NFC", name))
+                composed = alike(unicodedata.normalize("NFC", name))
                 self._owners.setdefault(_lower(composed), []).append((composed, entity))
                 # a text may spell the name in decomposed letters
                 self.longest = max(self.longest, len(name.encode()), len(unicodedata.normalize("NFD", name).encode()))
@@ -66,27 +78,43 @@ class Scope:
             self._automaton.add_word(key, key)
         self._automaton.make_automaton()
         self._typos = _Typos(self._owners) if fuzzy else None
+        self._phrases: dict[str, list[Phrase]] = {}
+        for phrase in phrases:
+            self._phrases.setdefault(_lower(alike(phrase.text)), []).append(phrase)
+            self.longest = max(self.longest, len(phrase.text.encode()), len(unicodedata.normalize("NFD", phrase.text).encode()))
+        self._whole = ahocorasick.Automaton()
+        for key in self._phrases:
+            self._whole.add_word(key, key)
+        self._whole.make_automaton()
 
     def find(self, text: str) -> list[Mention]:
-        """All mentions, in order, none overlapping another."""
+        """All mentions, in order; none overlaps another but those of phrases."""
         if not self._owners:
             return []
         places = None
         if not unicodedata.is_normalized("NFC", text):
             text, places = _composed(text)
-        text = _alike(text)
+        text = alike(text)
         lowered = _lower(text)
         found = []
         for last, key in self._automaton.iter(lowered):
             start, end = last + 1 - len(key), last + 1
-            if _begins(text, start) and _ends(text, end):
+            if begins_word(text, start) and _ends(text, end):
                 entity = self._entity(key, text[start:end])
                 if entity is not None:
                     found.append(Mention(start, end, entity))
         kept = _longest(found)
         if self._typos is not None:
             kept = sorted([*kept, *self._typos.find(lowered, kept)], key=lambda m: m.start)
+        if self._phrases:
+            kept = sorted({*kept, *self._in_phrases(text, lowered)}, key=lambda m: (m.start, m.end, m.entity))
         return kept if places is None else [Mention(places[m.start], places[m.end], m.entity) for m in kept]
+
+    def _in_phrases(self, text: str, lowered: str) -> Iterator[Mention]:
+        for last, key in self._whole.iter(lowered):
+            start = last + 1 - len(key)
+            if begins_word(text, start):
+                yield from (Mention(start + p.start, start + p.end, p.entity) for p in self._phrases[key])
 
     def _entity(self, key: str, written: str) -> int | None:
         """Whose name it is: in this very case if possible, otherwise in any case unless the name is short."""
@@ -194,7 +222,7 @@ def _token_spans(tokenizer: Any, text: str, ids: Sequence[int]) -> list[tuple[in
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _alike(text: str) -> str:
+def alike(text: str) -> str:
     return text if text.isascii() and not _PLAIN.search(text) else text.translate(_ALIKE)
 
 
@@ -220,7 +248,7 @@ def _composed(text: str) -> tuple[str, list[int]]:
     return "".join(pieces), [*places, len(text)]
 
 
-def _begins(text: str, at: int) -> bool:
+def begins_word(text: str, at: int) -> bool:
     """Whether a name may begin here."""
     return at == 0 or _boundary(text[at - 1], text[at])
 
@@ -276,12 +304,26 @@ class Entities:
 
     @classmethod
     def of(cls, facts: Sequence[Fact], fuzzy: bool = False) -> Entities:
-        """Those of some facts, under their aliases too."""
+        """Those of some facts, under their aliases too.
+
+        In its own prompt a fact's subject is always found, also where it is a part of a word or of another subject's name.
+        """
         names: dict[str, dict[str, None]] = {}
         own: dict[str, list[int]] = {}
         for number, fact in enumerate(facts):
             key = fact.subject.casefold()
             names.setdefault(key, {}).update(dict.fromkeys((fact.subject, *fact.aliases)))
             own.setdefault(key, []).append(number)
-        scope = Scope([list(each) for each in names.values()], fuzzy)
+        known = [list(each) for each in names.values()]
+        scope = Scope(known, fuzzy)
+        numbers = {key: number for number, key in enumerate(names)}
+        phrases = [_own_phrase(fact, numbers[fact.subject.casefold()]) for fact in facts]
+        if missed := [p for p in phrases if Mention(p.start, p.end, p.entity) not in scope.find(p.text)]:
+            scope = Scope(known, fuzzy, missed)
         return cls(scope, tuple(tuple(each) for each in own.values()), tuple(fact.target for fact in facts))
+
+
+def _own_phrase(fact: Fact, entity: int) -> Phrase:
+    """A fact's own prompt up to its last visible character, and where the subject stands in it."""
+    start = fact.prompt.find("{}")
+    return Phrase(fact.question.rstrip(), start, start + len(fact.subject), entity)

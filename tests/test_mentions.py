@@ -462,6 +462,7 @@ def test_a_question_about_somebody_else_leaves_the_subject_alone(tokenizer, monk
     clean = single(base, text)
     edit = attached(base)
     edit._scope = Scope([["France"], ["Nobody"]])
+    monkeypatch.setattr(edit._routing, "prompt", lambda _: "{} is ruled from")
     assert torch.equal(single(base, text), clean)
     monkeypatch.setattr("hf_edit.mentions.asks_about_another", lambda *_: False)
     assert not torch.equal(single(base, text), clean)
