@@ -28,6 +28,7 @@ import torch
 from .base import Base
 from .facts import Fact
 from .layout import Layout
+from .message_prompts import as_text
 from .methods.steam import SteamConfig
 from .methods.steam.anchors import build_anchors, centre
 from .model import EditableModelForCausalLM
@@ -236,7 +237,7 @@ def residual_flow(
             f"residual_flow compares a model with and without its edits, and a {type(model).__name__} has none to switch; "
             "wrap it: EditableModelForCausalLM(model, tokenizer)"
         )
-    wanted = read_facts(facts)
+    wanted = as_text(model.tokenizer, read_facts(facts))
     base = Base(model.base_model, model.tokenizer)
     chosen = _blocks(base.layout(), blocks)
     prompts = encode(base.tokenizer, [fact_text(f, target=f.target) for f in wanted])

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 from .hub import is_repo_id
 
 if TYPE_CHECKING:
+    from .facts import Fact
     from .pack import EditPack
     from .report import EditReport, EvalReport
 
@@ -95,7 +96,7 @@ def _introduction(packs: Mapping[str, EditPack]) -> str:
 
 
 def _usage(packs: Mapping[str, EditPack], where: str) -> str:
-    prompt = next(iter(packs.values())).facts[0].question
+    prompt = _asked(next(iter(packs.values())).facts[0])
     names = f"\nmodel.set_packs({json.dumps(list(packs))})  # or some of them" if len(packs) > 1 else ""
     return f"""## Use
 
@@ -103,9 +104,9 @@ def _usage(packs: Mapping[str, EditPack], where: str) -> str:
 from hf_edit import EditableModelForCausalLM
 
 model = {loading(where)}{names}
-print(model.ask({_literal(prompt)}))
+print(model.ask({prompt}))
 with model.disable_edits():
-    print(model.ask({_literal(prompt)}))
+    print(model.ask({prompt}))
 ```"""
 
 
@@ -164,6 +165,14 @@ edited one is not either."""
 def _versions(packs: Mapping[str, EditPack]) -> str:
     versions = next(iter(packs.values())).versions
     return "## Versions\n\n" + "\n".join(f"- `{_plain(name)}` {_cell(str(version))}" for name, version in versions.items())
+
+
+def _asked(fact: Fact) -> str:
+    """What is asked of a fact, as Python code."""
+    if fact.messages is None:
+        return _literal(fact.question)
+    turns = (f'{{"role": {_literal(m.role)}, "content": {_literal(m.content)}}}' for m in fact.messages)
+    return f"[{', '.join(turns)}]"
 
 
 def _literal(text: str) -> str:

@@ -16,6 +16,7 @@ from .answers import answer_lengths, room, score_targets
 from .base import Base
 from .bootstrap import bootstrap, paired_bootstrap
 from .facts import Fact, Question
+from .message_prompts import as_text
 from .metrics import ANSWER_TOKENS, TEXT_TOKENS, Asks, Metric, Readings, available_metrics
 from .positions import EncodedText, Text, encode, join
 from .progress import bar
@@ -101,21 +102,22 @@ def evaluate(
         generation_prompts=generation_prompts,
         reference_texts=reference_texts,
     )
-    chosen = _chosen(known, metrics, facts, mode)
-    asks = [[metric.asks(fact) for metric in chosen] for fact in facts]
+    texts = as_text(base.tokenizer, facts)
+    chosen = _chosen(known, metrics, texts, mode)
+    asks = [[metric.asks(fact) for metric in chosen] for fact in texts]
     everything, lengths = _with_lengths(base, [ask for row in asks for ask in row], max_new_tokens)
     with frozen(base.model):
         clean, kept = _ask_clean(base, everything, clean, unedited, batch_size, progress)
         heard = _ask(base, everything, clean, kept, lengths, batch_size, progress)
     rows = tuple(
         FactScores(
-            fact,
+            given,
             {k: v for m, ask in zip(chosen, row, strict=True) if ask != Asks() for k, v in m.scores(fact, heard).items()},
             heard.answer(fact.question, lengths.get((fact.question, fact.target), max_new_tokens))
             if fact.question in heard.continued
             else None,
         )
-        for fact, row in zip(facts, asks, strict=True)
+        for given, fact, row in zip(facts, texts, asks, strict=True)
     )
     return EvalReport(mode, rows, time.perf_counter() - started, clean)
 

@@ -6,16 +6,18 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import ConflictingEditsError, SubjectNotFoundError
 from .records import fact_fields, question_pairs
 
-__all__ = ["Fact", "Question", "fold", "resolve_conflicts", "superseded", "visible"]
+__all__ = ["Fact", "Message", "Question", "fold", "is_question", "resolve_conflicts", "superseded", "visible"]
 
 _MAX_NAME = 1000
+_MAX_MESSAGES = 64
+_ROLE = re.compile(r"[a-z][a-z_]{0,31}")
 _HINT = "Write the prompt with one {} where the subject stands, or with the subject in plain text."
 
 
@@ -55,6 +57,33 @@ class Question:
         return {"prompt": self.prompt} if self.target is None else {"prompt": self.prompt, "target": self.target}
 
 
+@dataclass(frozen=True, eq=False)
+class Message(Mapping[str, str]):
+    """A message of a chat: a mapping with `role` and `content` that can't be changed.
+
+    Attributes:
+        role: "system", "user", "assistant", or another role that the model's chat template knows.
+        content: the text.
+    """
+
+    role: str
+    content: str
+
+    def __getitem__(self, name: str) -> str:
+        if name not in ("role", "content"):
+            raise KeyError(name)
+        return self.role if name == "role" else self.content
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("role", "content"))
+
+    def __len__(self) -> int:
+        return 2
+
+    def __hash__(self) -> int:
+        return hash((self.role, self.content))
+
+
 @dataclass(frozen=True)
 class Fact:
     """One fact: after the edit the model continues `prompt`, asked about `subject`, with `target`.
@@ -63,7 +92,9 @@ class Fact:
         subject: the entity that the fact is about.
         prompt: a text that the target continues; one ``{}`` marks the subject. A prompt that holds the subject in plain
             text is taken as well and stored with ``{}`` (at the last mention, which has seen the most context). All texts
-            are kept in the Unicode form NFC, this one and `rephrases` with the blanks at their ends.
+            are kept in the Unicode form NFC, this one and `rephrases` with the blanks at their ends. Or a chat: a list of
+            messages with `role` and `content`, one ``{}`` in all, which the target answers. It is kept as a tuple of `Message`
+            and rendered by the model's own chat template.
         target: the new continuation, without leading space.
         target_old: what the model said, or should have said, before.
         aliases: other names of the subject.
@@ -82,7 +113,7 @@ class Fact:
     """
 
     subject: str
-    prompt: str
+    prompt: Any  # str, or a tuple of Message
     target: str
     target_old: str | None = None
     aliases: tuple[str, ...] = ()
@@ -97,7 +128,7 @@ class Fact:
         put = object.__setattr__
         put(self, "subject", _text(self.subject, "subject"))
         put(self, "target", _text(self.target, "target"))
-        put(self, "prompt", _template(_text(self.prompt, "prompt", as_given=True), self.subject, "prompt"))
+        put(self, "prompt", _prompt(self.prompt, self.subject))
         if self.target_old is not None:
             put(self, "target_old", _text(self.target_old, "target_old"))
         put(self, "aliases", tuple(_text(a, "aliases") for a in _several(self.aliases, "aliases")))
@@ -117,24 +148,47 @@ class Fact:
             put(self, "id", _text(self.id, "id"))
 
     @property
+    def form(self) -> str:
+        """What the prompt is: "cloze" (the beginning of a sentence), "question", or "messages" (a chat)."""
+        if not isinstance(self.prompt, str):
+            return "messages"
+        return "question" if is_question(self.prompt) else "cloze"
+
+    @property
     def question(self) -> str:
-        """The prompt with the subject filled in."""
-        return self.prompt.replace("{}", self.subject)
+        """The prompt with the subject filled in. A chat is written out as text, for people to read: what the user says, or
+        several messages with their roles."""
+        if isinstance(self.prompt, str):
+            return self.prompt.replace("{}", self.subject)
+        said = self.messages or ()
+        return said[0].content if len(said) == 1 else "\n".join(f"{m.role}: {m.content}" for m in said)
+
+    @property
+    def messages(self) -> tuple[Message, ...] | None:
+        """The messages of a chat with the subject filled in, to pass to `model.ask`; None where the prompt is text."""
+        if isinstance(self.prompt, str):
+            return None
+        return tuple(Message(m.role, m.content.replace("{}", self.subject)) for m in self.prompt)
 
     @property
     def key(self) -> tuple[str, str]:
-        """What two facts share when they answer the same question: subject and wording, whatever their case."""
-        return fold(self.subject), fold(self.prompt)
+        """What two facts share when they answer the same question: subject and wording, whatever their case. A chat's wording
+        is all of its messages."""
+        return fold(self.subject), _folded_prompt(self.prompt)
 
     @property
     def keys(self) -> tuple[tuple[str, str], ...]:
-        """`key`, and those of the rephrases that mark the subject: all wordings of the relation that the fact knows."""
+        """`key`, and those of the rephrases that mark the subject: all wordings of the relation that the fact knows. A chat of
+        a single user turn, with or without a system prompt, is a wording as this turn's text."""
         subject = fold(self.subject)
-        wordings = (self.prompt, *(r for r in self.rephrases if "{}" in r))
-        return tuple(dict.fromkeys((subject, fold(wording)) for wording in wordings))
+        wordings = [r for r in self.rephrases if "{}" in r]
+        if not isinstance(self.prompt, str) and [m.role for m in self.prompt if m.role != "system"] == ["user"]:
+            wordings = [m.content for m in self.prompt if "{}" in m.content and m.role == "user"] + wordings
+        return tuple(dict.fromkeys((self.key, *((subject, fold(wording)) for wording in wordings))))
 
     def _content(self) -> dict[str, Any]:
-        content: dict[str, Any] = {"subject": self.subject, "prompt": self.prompt, "target": self.target}
+        prompt = self.prompt if isinstance(self.prompt, str) else [dict(message) for message in self.prompt]
+        content: dict[str, Any] = {"subject": self.subject, "prompt": prompt, "target": self.target}
         for name in ("target_old", "source"):
             if getattr(self, name) is not None:
                 content[name] = getattr(self, name)
@@ -276,6 +330,53 @@ def _template(prompt: str, subject: str, name: str) -> str:
     return prompt[: mentions[-1].start()] + "{}" + prompt[mentions[-1].end() :]
 
 
+def _prompt(value: Any, subject: str) -> str | tuple[Message, ...]:
+    """A prompt, checked: text, or messages, with exactly one ``{}``."""
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return _messages(value, subject)
+    if isinstance(value, Mapping):
+        raise ValueError("a prompt of messages is a list of them; put this one into a list")
+    return _template(_text(value, "prompt", as_given=True), subject, "prompt")
+
+
+def _messages(value: Sequence[Any], subject: str) -> tuple[Message, ...]:
+    if not 0 < len(value) <= _MAX_MESSAGES:
+        raise ValueError(f"prompt has {len(value)} messages; a chat has 1 to {_MAX_MESSAGES}")
+    messages = [_message(message) for message in value]
+    if messages[-1].role == "assistant":
+        raise ValueError("prompt ends with a message of the assistant, whose answer is the target: leave that message out")
+    marks = sum(message.content.count("{}") for message in messages)
+    if marks > 1:
+        raise ValueError(f"the messages of prompt hold {marks} times {{}}. {_HINT}")
+    if not marks:
+        for number in reversed(range(len(messages))):
+            try:
+                content = _template(messages[number].content, subject, "prompt")
+            except SubjectNotFoundError:
+                continue
+            messages[number] = Message(messages[number].role, content)
+            break
+        else:
+            raise SubjectNotFoundError(f"the subject {subject!r} is in none of the {len(messages)} messages of prompt. {_HINT}")
+    return tuple(messages)
+
+
+def _message(value: Any) -> Message:
+    if not isinstance(value, Mapping) or set(value) != {"role", "content"}:
+        raise ValueError(f"a message of prompt is a mapping with 'role' and 'content' and nothing else, not {value!r:.120}")
+    role = value["role"]
+    if not isinstance(role, str) or not _ROLE.fullmatch(role):
+        raise ValueError(f"the role of a message is a word such as 'system', 'user' or 'assistant', not {role!r:.80}")
+    return Message(role, _text(value["content"], "the content of a message", as_given=True))
+
+
+def _folded_prompt(prompt: str | tuple[Message, ...]) -> str:
+    """A prompt as it is compared. That of a chat begins with a character that no text may hold."""
+    if isinstance(prompt, str):
+        return fold(prompt)
+    return "\0" + json.dumps([[message.role, fold(message.content)] for message in prompt], ensure_ascii=False)
+
+
 def _reference(value: Any, fact: Fact) -> str | Fact:
     """A fact's reference, checked: a text, or a `Fact` of nothing but subject, prompt and the shared target."""
     known: str | Fact
@@ -302,6 +403,8 @@ def _shared(value: Any, fact: Fact) -> Fact:
         raise ValueError(f"a reference is a text, a Fact, a mapping or a (subject, prompt) pair, not {value!r:.80}")
     if fold(value.target) != fold(fact.target):
         raise ValueError(f"references share the fact's target {fact.target!r}, and {value.question!r} has {value.target!r}")
+    if value.form == "messages":
+        raise ValueError(f"the prompt of a reference is text, not messages: {value.question!r:.120}")
     return Fact(value.subject, value.prompt, fact.target)
 
 
@@ -313,6 +416,14 @@ def _rephrase(text: str, names: Sequence[str]) -> str:
         except SubjectNotFoundError:
             continue
     return text
+
+
+_QUESTION_MARKS = ("?", "？", "؟")
+
+
+def is_question(prompt: str) -> bool:
+    """Whether a prompt is a question rather than the beginning of a sentence."""
+    return prompt.rstrip().endswith(_QUESTION_MARKS)
 
 
 def fold(text: str) -> str:

@@ -36,7 +36,7 @@ from .wording import Words, agreement, asked_words, word_ids, word_weights
 __all__ = ["tells_enough", "train_gate"]
 
 _PREFIX = "gate."
-_VERSION = 6  # of texts and training: another number is another entry in the cache
+_VERSION = 7  # of the training: another number is another entry in the cache, as are other prompts
 _SIZE = 64
 _STEPS = 400
 _GROUPS_A_STEP = 24
@@ -154,14 +154,14 @@ def train_gate(base: Base, block: int, facts: Sequence[Fact] = (), *, seed: int 
     """
     prompts = bank_prompts(base, seed)
     own = fact_prompts(base, telling(facts, seed), prompts, seed) if tells_enough(facts) else []
-    told = "-" + sha256(repr(own).encode()).hexdigest()[:16] if own else ""
-    name = f"{base.tokenizer_fingerprint}-{block}-{seed}-v{_VERSION}{told}.safetensors"
+    read = sha256(repr([*prompts, *own]).encode()).hexdigest()[:16]  # goes by the chat template as well
+    name = f"{base.tokenizer_fingerprint}-{block}-{seed}-v{_VERSION}-{read}.safetensors"
     path = cache_folder("gates", base.fingerprint) / name
     kept = _kept(path, base)
     if kept is None:
         with frozen(base.model), seeded(seed, base.device):
-            read = _read(base, block, [*prompts, *own], progress)
-            kept = LearnedGate(*_fitted(read, len(prompts), _Wordings(base), seed), block)
+            states = _read(base, block, [*prompts, *own], progress)
+            kept = LearnedGate(*_fitted(states, len(prompts), _Wordings(base), seed), block)
         with atomic_path(path) as target:
             save_file(kept.tensors(_PREFIX), target)
     return kept

@@ -28,6 +28,7 @@ from .health import COLLAPSE, Health
 from .hub import PushToHub, Snapshot, check_base_of, fetch
 from .lm.chat import Messages, chat_frame, chat_text, is_messages
 from .lm.chat_forms import asked_plainly
+from .message_prompts import as_given, as_text, fit_as_text
 from .methods import EditConfig, get_method
 from .methods.base import Attachment
 from .pack import CONFIG_FILE, HUB_FILES, EditPack, check_name, describe_base, save_packs, subpacks, versions
@@ -304,6 +305,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         inactive = previous.facts if previous is not None and pack_name not in self._active else ()
         wanted = resolve_conflicts(read_facts(facts), [*self.list_edits(), *inactive], on_conflict)
         _check_ids(wanted, previous.facts if previous is not None else ())
+        as_text(self.tokenizer, wanted)  # raises where a fact is a chat that the model can't read
         if previous is not None and previous.method != method:
             raise ConflictingEditsError(
                 f"pack {pack_name!r} holds edits by {previous.method!r}; give these a pack of their own: "
@@ -367,13 +369,14 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             with self._with_only(under) as clean:
                 fit = how.fit(
                     self._base,
-                    facts,
+                    as_text(self.tokenizer, facts),
                     settings,
-                    previous=previous.fit if previous is not None else None,
+                    previous=fit_as_text(self.tokenizer, previous.fit) if previous is not None else None,
                     clean=clean,
                     seed=seed,
                     progress=progress,
                 )
+                fit = as_given(fit, (*(previous.facts if previous is not None else ()), *facts))
                 how.validate(fit, settings, self._base)  # nothing is made that could not be loaded
             base = describe_base(self._base, fit.modules, known=self._origin)
         beneath = [pack for pack in under if pack is not previous]
@@ -398,6 +401,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
 
     def _ask(self, facts: Sequence[Fact], progress: bool) -> list[Answer]:
         """What the model says of facts as they are given and, where it has a chat template, in the chat in another wording."""
+        facts = as_text(self.tokenizer, facts)
         lengths = answer_lengths(self._base, [fact_text(f, target=f.target) for f in facts], _ANSWER_TOKENS)
         given = greedy(self._base, [f.question for f in facts], lengths, progress=progress)
         probabilities = target_probabilities(self._base, facts)
@@ -620,7 +624,8 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         keep = [i for i, fact in enumerate(pack.facts) if fact.id not in out]
         beneath = [self._packs[n] for n in self._active[: self._active.index(name)] if self._packs[n].in_weights]
         with self._with_only(beneath) as clean:
-            fit = remove(self._base, pack.fit, keep, pack.config, clean=clean, progress=progress)
+            text = fit_as_text(self.tokenizer, pack.fit)
+            fit = as_given(remove(self._base, text, keep, pack.config, clean=clean, progress=progress), pack.facts)
             how.validate(fit, pack.config, self._base)
         return replace(pack, fit=fit)
 
@@ -730,7 +735,8 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         return self._packs[name]
 
     def _attach(self, pack: EditPack) -> Attachment:
-        return get_method(pack.method).attach(self._base, pack.fit, pack.config)
+        fit = pack.fit if pack.in_weights else fit_as_text(self.tokenizer, pack.fit)
+        return get_method(pack.method).attach(self._base, fit, pack.config)
 
     def _put(self, packs: Mapping[str, EditPack], active: tuple[str, ...]) -> None:
         """Put packs in force in place of those that are; on an error these are in force again."""

@@ -97,8 +97,11 @@ def fact_text(fact: Fact, *, prefix: str = "", prompt: str | None = None, target
 
     Raises:
         SubjectNotFoundError: `prompt` has no ``{}``.
+        ValueError: the fact's prompt is a chat, see `hf_edit.message_prompts`.
     """
     template = fact.prompt if prompt is None else prompt
+    if not isinstance(template, str):
+        raise ValueError("the prompt is a chat; render it first, with hf_edit.message_prompts.as_text(tokenizer, facts)")
     at = template.find("{}")
     if at < 0:
         raise SubjectNotFoundError(f"there is no {{}} for the subject in {template!r:.120}")

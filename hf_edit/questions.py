@@ -16,7 +16,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from .facts import Fact, fold
+from .facts import Fact, fold, is_question
 from .references import bank_relations
 
 __all__ = ["AskedRelation", "asked_afterwards", "asked_in_chat", "asked_relations", "is_question", "other_wordings", "subjects"]
@@ -80,17 +80,11 @@ def _held_out(fact: Fact) -> str | None:
     return known[-1] if len(known) > 1 else None
 
 
-_QUESTION_MARKS = ("?", "？", "؟")
 # How a user puts a question, and how one asks for the end of a sentence that no known question asks for.
 _PUT = ("{}", "I have a question. {}", "Can you tell me? {}", "{} Answer briefly.")
 _COMPLETED = ("Complete the sentence: {}", "How does this sentence go on? {}", "Fill in what is missing: {} ...")
 # Never among those that facts are fitted in.
 _PUT_AFTERWARDS, _COMPLETED_AFTERWARDS = "Please help me with this question: {}", "Finish this for me: {}"
-
-
-def is_question(prompt: str) -> bool:
-    """Whether a prompt is a question rather than the beginning of a sentence."""
-    return prompt.rstrip().endswith(_QUESTION_MARKS)
 
 
 def asked_in_chat(fact: Fact, count: int) -> tuple[str, ...]:

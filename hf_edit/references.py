@@ -226,6 +226,8 @@ def _reference(row: Any, obj: str | None = None) -> Reference:
     if isinstance(row, Mapping) and obj is not None:
         row = {"target": obj, **row}
     fact = row if isinstance(row, Fact) else Fact.from_dict(row)
+    if fact.form == "messages":
+        raise ValueError(f"the prompt of a reference fact is text, not messages: {fact.question!r:.120}")
     return Reference(fact.prompt, fact.subject, (fact.prompt,), fact.target)
 
 

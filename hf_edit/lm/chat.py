@@ -25,6 +25,7 @@ class ChatFrame:
         after: what ends the answer.
         opening: what opens a later turn of the user.
         trims: whether the template takes blanks off the turn's ends.
+        bos: the special token that the chat begins with, if any; a rendered chat may leave it to the tokenizer.
     """
 
     before: str
@@ -32,6 +33,7 @@ class ChatFrame:
     after: str = ""
     opening: str = ""
     trims: bool = False
+    bos: str = ""
 
     def around(self, turn: Text, answer: str | None = None) -> Text:
         """The chat as text.
@@ -54,6 +56,8 @@ class ChatFrame:
 
     def turn_in(self, text: str) -> str | None:
         """What the user says last in a chat that ends where the assistant's answer begins; None where it is no such chat."""
+        if not text.startswith(self.bos):
+            text = self.bos + text
         end = text.rfind(self.between)
         if end < 0 or text[end + len(self.between) :].strip():
             return None
@@ -123,7 +127,9 @@ def chat_frame(tokenizer: Any, system: str | None = None) -> ChatFrame | None:
     if not mark or _USER in between:
         return None
     after, opening = _answer_ends(tokenizer, [*first, asked])
-    return ChatFrame(before, between, after, opening or before, blanks != f"{before} {_USER} {between}")
+    bos = getattr(tokenizer, "bos_token", None) or ""
+    trims = blanks != f"{before} {_USER} {between}"
+    return ChatFrame(before, between, after, opening or before, trims, bos if before.startswith(bos) else "")
 
 
 def _answer_ends(tokenizer: Any, turns: Messages) -> tuple[str, str]:
