@@ -437,7 +437,8 @@ class MentionAttachment:
             owner = [e for e in entities for _ in self._facts[e]]
             if question.final:
                 row.events += [(question.column, e, _NONE) for e in entities]
-            if own := self._routing.own(self._text(plan, question, self._routing.window, special=True), facts):
+            text = self._text(plan, question, self._routing.window, special=True)
+            if own := self._routing.own(text, facts, question.final):
                 row.events += [(question.column, owner[facts.index(fact)], fact) for fact in own]
                 continue
             least = gate.threshold if question.final else gate.sure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -11,14 +12,18 @@ from .scope import alike, begins_word
 
 __all__ = ["OwnPrompts", "user_says"]
 
-_BLANKS = 32  # tokens of blanks that a text may have more than the prompt
+_ENDS = " .…_\"'”’»"
+_SPARE = 256  # tokens that a text may have more than the prompt, in blanks and remarks
+# Sentences after a question, in the same line and message: they end as sentences do, and ask nothing.
+_REMARK = re.compile(r"[?？؟][\"'”’)]*\s+[^\n?？؟<>|\[\]{}:]{1,120}[.!]\Z")
 
 
 class OwnPrompts:
     """Recognises facts' own prompts at the end of a text.
 
     A text ends in a fact's own prompt if its last characters are the prompt with the subject, or one of its aliases, filled in.
-    Case, the number of blanks, and the kinds of apostrophes and hyphens do not matter. Where the prompt is a rendered chat, the
+    Case, blanks, the kinds of apostrophes and hyphens, and full stops and quotation marks at the end do not matter.
+    A question may be followed by a short remark ("Thanks!", "Answer in one word."). Where the prompt is a rendered chat, the
     user's last turn counts, so that it is recognised in plain text, in the chat, and under any system prompt.
 
     Args:
@@ -33,15 +38,22 @@ class OwnPrompts:
         self._facts, self._frame = facts, frame
         self._known: dict[int, tuple[str, ...]] = {}
         sizes = (_size(f.prompt) + max(map(_size, (f.subject, *f.aliases))) for f in facts)
-        self.longest = max(sizes, default=0) + _BLANKS
+        self.longest = max(sizes, default=0) + _SPARE
 
-    def asked_by(self, text: str, facts: Sequence[int]) -> list[int]:
+    def asked_by(self, text: str, facts: Sequence[int], remark: bool = True) -> list[int]:
         """The facts whose own prompt ends the text; where one prompt ends in another, those of the longest.
 
         Args:
             text: up to the end of its content.
             facts: numbers of the facts to look for.
+            remark: whether a remark may follow a question.
         """
+        found = self._ending(text, facts)
+        if not found and remark and (asked := _REMARK.search(text)) is not None:
+            found = self._ending(text[: asked.start() + 1], facts)
+        return found
+
+    def _ending(self, text: str, facts: Sequence[int]) -> list[int]:
         text = _folded(text)
         lengths = {fact: self._length(text, fact) for fact in facts}
         most = max(lengths.values(), default=0)
@@ -78,4 +90,4 @@ def _size(text: str) -> int:
 
 
 def _folded(text: str) -> str:
-    return fold(alike(text))
+    return fold(alike(text).rstrip().rstrip(_ENDS))

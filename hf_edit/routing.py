@@ -49,13 +49,14 @@ class Routing:
         """How many tokens at the end of a text `own` has to see."""
         return 0 if self._own is None else self._own.longest
 
-    def own(self, text: str, facts: Sequence[int]) -> list[int]:
+    def own(self, text: str, facts: Sequence[int], remark: bool) -> list[int]:
         """Of some facts those whose own prompt ends a text: they are asked for, whatever the scores are.
 
         Args:
             text: the last `window` tokens up to the end of its content.
+            remark: whether a remark may follow a question.
         """
-        return [] if self._own is None else self._own.asked_by(text, facts)
+        return [] if self._own is None else self._own.asked_by(text, facts, remark)
 
     def prompt(self, fact: int) -> str:
         """A fact's own prompt, with ``{}``."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import sys
@@ -167,3 +168,38 @@ def test_wordings_that_are_measured_are_told_about_no_subject():
         told = lks.without_wordings(facts, facts[:1])
     assert [f.rephrases for f in told] == [(), ("{}'s seat of power is",), ("{}'s seat of power is",)]
     assert [len(f.locality) for f in told] == [0, 0, 1]
+
+
+def test_own_prompts_activate_their_facts_on_a_model_and_a_file_of_ones_own(tokenizer, quick_gate, tmp_path, capsys):
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    own.save_pretrained(tmp_path / "base")
+    rows = [
+        {
+            "subject": fact.subject,
+            "prompt": prompt,
+            "target": fact.target,
+            "rephrase": f"Which city governs {fact.subject}?",
+            "loc": f"Who is from {fact.subject}?",
+            "loc_ans": "Ann",
+        }
+        for fact in FACTS
+        for prompt in (fact.prompt, "What is {} known for?")
+    ]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = [str(tmp_path / "facts.jsonl"), "--model", str(tmp_path / "base"), "--output", str(tmp_path / "out")]
+    with _benchmark("own_prompts") as benchmark:
+        assert benchmark.main([*where, "--strict"]) == 0
+        assert benchmark.main([*where, "--rows", "3", "--quiet", "0.5", "0.99"]) == 0
+    assert "not activated" not in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "own_prompts.json").read_text())["rows"]
+    active = {row["prompts"]: row["active"] for row in found}
+    for name in ("own", "own, blanks after it", "own, in the chat", "own, in the chat, system prompt"):
+        assert active[name] == 100
+    assert {"paraphrase, in the chat", "same subject, locality", "same subject, other rows' prompts, in the chat"} <= set(
+        active
+    )

@@ -146,3 +146,24 @@ def test_only_the_end_of_a_text_counts_and_words_are_whole():
     assert own.asked_by("Bathe capital of France is", [0]) == []
     assert own.asked_by("In truth,  THE capital of France is", [0, 2]) == [0]
     assert own.asked_by("We all know that the capital of France is", [0, 2]) == [2]
+    assert own.asked_by('Fill in what is missing: "The capital of France is ..."', [0, 2]) == [0]
+
+
+@pytest.mark.parametrize(
+    ("after", "asked"),
+    [
+        (" Thanks!", True),
+        (" Answer in one word. No more than that, please.", True),
+        ('" Answer briefly.', True),
+        (" She lives in", False),
+        (" Oslo. Where was she born?", False),
+        (" Oslo.\nHer job:", False),
+        ("<s>\n<s>assistant\nOslo.<s>\n<s>user\nThanks!", False),
+        (" A: Oslo. Thanks.", False),
+        (" " + "It is so. " * 20, False),
+    ],
+)
+def test_a_short_remark_may_follow_a_question(after, asked):
+    own = OwnPrompts([Fact("Ann", "Where does {} live?", "Oslo"), Fact("Ann", "{} was born in", "Rome")], None)
+    assert own.asked_by("Where does Ann live?" + after, [0, 1]) == [0] * asked
+    assert own.asked_by("Where does Ann live? Thanks!", [0], remark=False) == []
