@@ -1,21 +1,18 @@
 """Prompts that the gate learns from: the package's own wordings of many relations, and those of facts at hand.
 
 For many subjects there are prompts that ask for several relations in several wordings; relations that are nearly alike are left
-out. Prompts stand after other sentences, after a mention of somebody else, and in the model's chat template, there with and
-without a system prompt and other words of the user.
+out. Prompts stand behind other sentences, behind a mention of somebody else, in the model's chat template, and as questions.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from .base import Base
 from .facts import Fact
-from .lm.chat import chat_frame, chat_text
-from .questions import AskedRelation, asked_relations, is_question, subjects
+from .questions import AskedRelation, asked_relations, subjects
 from .references import bank_relations
 
 __all__ = ["Prompt", "bank_prompts", "fact_prompts", "telling"]
@@ -24,7 +21,6 @@ _GROUPS = 160
 _RELATIONS = 6
 _QUERIES = 3
 _FACTS = 3000
-_IN_CHAT = 0.45  # of the prompts that are dressed up
 
 _LINKS = (
     "{a} is a friend of {b}. ",
@@ -54,28 +50,6 @@ _MENTIONS = (
     "My notes begin with {}. ",
     "{} came up in class today. ",
 )
-# How users put a question, and a sentence to be completed. Other wordings than those that edits are fitted and measured in.
-_PUT = (
-    "Quick question: {}",
-    "Do you know this? {}",
-    "{} Thank you!",
-    "{} Keep it short, please.",
-    "Hello. {} It is for a quiz.",
-    "{} Just say it in a word or two.",
-    "I was wondering: {}",
-)
-_TO_COMPLETE = (
-    "Continue this text: {}",
-    "Which words are missing at the end? {} ...",
-    "Please write how this goes on: {}",
-    'Finish my sentence. "{}"',
-)
-_SYSTEM = (
-    "You are a careful assistant who knows a lot.",
-    "You help people with their homework.",
-    "Reply in one short sentence.",
-    "Today is a working day. You answer on behalf of a library.",
-)
 
 
 @dataclass(frozen=True)
@@ -103,7 +77,7 @@ class Prompt:
 
 def bank_prompts(base: Base, seed: int) -> list[Prompt]:
     """Prompts of the package's relations."""
-    rng, chats = random.Random(seed), chat_frame(base.tokenizer) is not None
+    rng = random.Random(seed)
     relations = asked_relations()
     near = {name: i for i, name in enumerate(dict.fromkeys(r.near for r in relations))}
     number = {r.name: i for i, r in enumerate(relations)}
@@ -113,7 +87,7 @@ def bank_prompts(base: Base, seed: int) -> list[Prompt]:
     for group in range(_GROUPS):
         kind = kinds[group % len(kinds)]
         subject, other = rng.sample(names[kind], 2)
-        writer = _Writer(base, rng, group, subject, other, chats)
+        writer = _Writer(base, rng, group, subject, other)
         for relation in _different(relations, kind, rng):
             prompts += writer.prompts(relation.prompts, number[relation.name], near[relation.near])
     return prompts
@@ -135,12 +109,12 @@ def fact_prompts(base: Base, facts: Sequence[Fact], beyond: Sequence[Prompt], se
         facts: see `telling`. Facts with the same prompt count as one relation.
         beyond: other prompts to train on; numbers begin behind theirs.
     """
-    rng, chats = random.Random(seed), chat_frame(base.tokenizer) is not None
+    rng = random.Random(seed)
     groups, relations, near = (1 + max(getattr(p, name) for p in beyond) for name in ("group", "relation", "near"))
     prompts: list[Prompt] = []
     known = {prompt: n for n, prompt in enumerate(dict.fromkeys(f.prompt for f in facts))}
     for n, fact in enumerate(facts):
-        writer = _Writer(base, rng, groups + n, fact.subject, fact.subject, chats)
+        writer = _Writer(base, rng, groups + n, fact.subject, fact.subject)
         number = known[fact.prompt]
         own = Prompt(fact.question, fact.subject, groups + n, relations + number, near + number, plain=True)
         wording = rng.choice([r for r in fact.rephrases if "{}" in r])
@@ -169,10 +143,10 @@ def _different(relations: Sequence[AskedRelation], kind: str, rng: random.Random
 class _Writer:
     """Writes the prompts of one group."""
 
-    def __init__(self, base: Base, rng: random.Random, group: int, subject: str, other: str, chats: bool) -> None:
+    def __init__(self, base: Base, rng: random.Random, group: int, subject: str, other: str) -> None:
         self._tokenizer, self._rng = base.tokenizer, rng
         self._group, self._subject, self._other = group, subject, other
-        self._chats = chats
+        self._chats = bool(getattr(base.tokenizer, "chat_template", None))
 
     def prompts(self, wordings: Sequence[str], relation: int, near: int) -> list[Prompt]:
         """A plain prompt, the same and others dressed up, and now and then one behind a mention of somebody else."""
@@ -190,29 +164,19 @@ class _Writer:
         return made
 
     def dressed(self, prompt: Prompt, always: bool = False, bare: float = 0.4) -> Prompt:
-        """The prompt after other sentences, with a lead to its answer, or in the chat template."""
+        """The prompt behind other sentences, with a lead to its answer, or in the chat template."""
         rng, text = self._rng, prompt.text
         if not always and rng.random() < bare:
             return prompt
-        chat = self._chats and rng.random() < _IN_CHAT
-        if rng.random() < 0.6 - 0.3 * chat:
+        if rng.random() < 0.6:
             text = "".join(self._sentence() for _ in range(rng.randint(1, 2))) + text
-        if chat:
-            return replace(prompt, text=self._asked_in_chat(text), chat=True)
         if text.endswith("?") and rng.random() < 0.5:
             text = rng.choice((f"Q: {text} A:", f"{text} It is", f"{text} The answer is", f"Question: {text}\nAnswer:"))
+        elif self._chats and rng.random() < 0.25:
+            user = [{"role": "user", "content": text}]
+            text = self._tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+            return replace(prompt, text=text, chat=True)
         return replace(prompt, text=text)
-
-    def _asked_in_chat(self, text: str) -> str:
-        """A chat in which a user asks this, with or without other words, and with or without a system prompt."""
-        rng = self._rng
-        if rng.random() < 0.5:
-            text = rng.choice(_PUT if is_question(text) else _TO_COMPLETE).replace("{}", text)
-        messages = [{"role": "user", "content": text}]
-        if rng.random() < 0.5:
-            with suppress(ValueError):  # some templates take no system prompt
-                return chat_text(self._tokenizer, [{"role": "system", "content": rng.choice(_SYSTEM)}, *messages]).text
-        return chat_text(self._tokenizer, messages).text
 
     def _sentence(self) -> str:
         kind = self._rng.random()

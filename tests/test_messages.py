@@ -11,10 +11,13 @@ import torch
 from conftest import QUICK_LKS, QUICK_STEAM, tiny_model
 
 from hf_edit import EditableModelForCausalLM, EditPack, Fact, read_facts
+from hf_edit.base import Base
 from hf_edit.errors import BaseMismatchError, ConflictingEditsError, PackFormatError, SubjectNotFoundError
 from hf_edit.facts import Message, resolve_conflicts
 from hf_edit.lm.chat import chat_frame, chat_text
+from hf_edit.lm.chat_forms import chat_forms
 from hf_edit.message_prompts import as_text
+from hf_edit.positions import encode
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<s>\n{% endfor %}"
@@ -159,6 +162,16 @@ def test_a_rendered_chat_has_the_tokens_of_the_template(bos_tokenizer):
     ids = chatty.apply_chat_template(list(map(dict, FACTS[0].messages)), add_generation_prompt=True)["input_ids"]
     assert chatty(fact.question)["input_ids"] == ids
     assert chat_frame(chatty).turn_in(fact.prompt) == "The capital of {} is"
+
+
+def test_a_chat_that_is_fitted_as_it_is_begins_with_one_bos(bos_tokenizer):
+    chatty = copy.deepcopy(bos_tokenizer)
+    chatty.chat_template = "<s>" + TEMPLATE.replace("<s>", "~")
+    earlier = [{"role": "user", "content": "I like {}."}, {"role": "user", "content": "The capital is"}]
+    base = Base(tiny_model("llama"), chatty)
+    texts = [chat_forms(base, as_text(chatty, [Fact("France", p, "Tokyo")]), 1)[0][0] for p in (earlier, [CAPITAL])]
+    for encoded in encode(chatty, texts):
+        assert [encoded.ids[0], encoded.ids.count(0)] == [0, 1]
 
 
 @pytest.mark.parametrize(

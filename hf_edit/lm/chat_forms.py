@@ -49,7 +49,8 @@ def chat_forms(
     found = []
     for fact, own in zip(facts, plain, strict=True):
         if own is None:  # a chat of its own
-            found.append((replace(fact_text(fact, target=fact.target), special=False),) * count)
+            told = fact_text(fact, target=fact.target)
+            found.append((replace(told, special=not told.text.startswith(frames[0].bos)),) * count)
             continue
         answer = next(answers)
         wordings = enumerate(asked_in_chat(own, count))
