@@ -104,14 +104,20 @@ def test_a_damaged_gate_in_the_cache_is_trained_anew(base, quick_gate, monkeypat
 
 
 def test_a_gate_that_learned_from_other_prompts_is_not_taken_from_the_cache(base, quick_gate, monkeypatch):
+    training.train_gate(base, 3)
+
+    def again(*_):
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(training, "_read", again)
+    training.train_gate(base, 3)
     chatty = copy.deepcopy(base.tokenizer)
     chatty.chat_template = TEMPLATE
-    folder = cache_folder("gates", base.fingerprint)
-    for number in (1, 2, 3):
-        training.train_gate(base if number == 1 else Base(base.model, chatty), 3)
-        assert len(list(folder.glob("*.safetensors"))) == number
-        if number == 2:
-            monkeypatch.setattr("hf_edit.gate_prompts._SENTENCES", ("It is late. ",))
+    with pytest.raises(AssertionError, match="read again"):
+        training.train_gate(Base(base.model, chatty), 3)
+    monkeypatch.setattr("hf_edit.gate_prompts._SENTENCES", ("It is late. ",))
+    with pytest.raises(AssertionError, match="read again"):
+        training.train_gate(base, 3)
 
 
 def test_a_prompt_ends_with_its_content_whatever_stands_behind(tokenizer):
