@@ -1,7 +1,8 @@
 """Second moments of MLP keys: what a weight edit must not disturb.
 
 C = E[k k^T], uncentred, k the input of a block's MLP output projection (ROME, arXiv 2202.05262, sec. 3.1). The originals
-take it from 100,000 documents of Wikipedia; here the model samples its own text, so nothing is downloaded.
+take it from 100,000 documents of Wikipedia; here the model samples its own text, so nothing is downloaded: text of its whole
+distribution, continued openings of English sentences, and chats of which it writes both turns.
 
 What was computed is kept in the cache folder as sums, in float64: a run that was cut short goes on where it stopped, and
 more tokens of the same text only add to them.
@@ -28,11 +29,12 @@ from .cache import atomic_path, cache_folder, sort_header
 from .errors import BaseMismatchError, HubError, PackFormatError
 from .hub import PushToHub, fetch
 from .layout import weight_shape
+from .lm.chat import chat_frame
 from .moments import Moment, folded
 from .progress import bar
 from .storage import own_file
 from .suffix import frozen, read_keys_and_states
-from .texts import STARTERS, sample_ids
+from .texts import STARTERS, sample_chats, sample_freely, sample_ids
 
 __all__ = ["KeyStatistics", "Moment", "cached_statistics", "default_tokens", "open_statistics"]
 
@@ -41,6 +43,8 @@ _TENSORS_FILE = "key_statistics.safetensors"
 _CONFIG_FILE = "key_statistics.json"
 _SAMPLE_LENGTH = 64
 _SAMPLE_ROWS = 64  # sampled and kept together
+_TURN_LENGTH = 40  # tokens of a turn in a chat at most
+_RECIPE = "varied"  # what `_Samples` consists of: another one needs another name, or kept sums of both would be mixed
 _TEXT_LENGTH = 512
 _GROUP = 32  # rows whose products are summed before they join the total
 _CHECKPOINT_SECONDS = 60.0
@@ -106,8 +110,8 @@ class KeyStatistics(PushToHub):
             tokenizer: its tokenizer; an `EditableModelForCausalLM` brings its own.
             texts: the text to read: an iterable of strings or of rows with "text" (a `datasets.Dataset`), or the path of a
                 .txt file (a text a line) or of a .jsonl file of such rows; None: the model samples its own.
-            num_tokens: how many tokens; whole rows of up to 512 tokens are read, so it may be some more. By default four
-                for each key dimension, at least 8,192.
+            num_tokens: how many tokens; whole rows of up to 512 tokens are read, so it may be some more. By default eight
+                for each key dimension, at least 16,384.
             modules: blocks, or names of MLP output projections; by default those of the blocks from 13 to 27 % of the depth
                 (4 to 8 of 30), which weight edits change by default.
             resume: start from what the cache folder has of the same model and text, and keep the sums there while they
@@ -314,8 +318,8 @@ def open_statistics(
 
 
 def default_tokens(base: Base, modules: Sequence[str]) -> int:
-    """Four tokens for each key dimension, at least 8,192: efficacy needs less, sparing other facts gains from more."""
-    return max(8192, 4 * max(weight_shape(base.model.get_submodule(name))[1] for name in modules))
+    """Eight tokens for each key dimension, at least 16,384: efficacy needs less, sparing other text gains from more."""
+    return max(16_384, 8 * max(weight_shape(base.model.get_submodule(name))[1] for name in modules))
 
 
 # --- text to read -------------------------------------------------------------------------------------------------------
@@ -339,11 +343,16 @@ class _Source(Protocol):
 
 class _Samples:
     """Text that the model samples itself, in pieces that are kept in the cache folder: whatever is computed of it later, and
-    however often the work is cut short, each piece is sampled once."""
+    however often the work is cut short, each piece is sampled once.
+
+    Of four rows two are sampled from nothing out of the whole distribution, one goes on from an opening of `STARTERS`, and one
+    is a chat of which the model writes both turns (without a chat template, another opening).
+    """
 
     def __init__(self, base: Base, num_tokens: int, seed: int, keep: bool, progress: bool) -> None:
-        self.name = f"own-samples-{seed}"
-        self.description = f"the model's own samples, seed {seed}"
+        written = f"{base.tokenizer_fingerprint} {chat_frame(base.tokenizer)}"  # what a sample depends on beside the weights
+        self.name = f"own-{_RECIPE}-{hashlib.sha256(written.encode()).hexdigest()[:8]}-{seed}"
+        self.description = f"the model's own {_RECIPE} samples, seed {seed}"
         self.count = -(-num_tokens // _SAMPLE_LENGTH)
         self._base, self._seed, self._keep, self._progress = base, seed, keep, progress
 
@@ -362,23 +371,31 @@ class _Samples:
     def _piece(self, piece: int, listener: Callable[[int], None]) -> list[list[int]]:
         if not self._keep:
             return self._sampled(piece, listener)
-        path = cache_folder("own_samples", self._base.fingerprint) / f"{self._seed}-{piece}.safetensors"
+        path = cache_folder("own_samples", self._base.fingerprint) / f"{self.name}-{piece}.safetensors"
         try:
-            rows = load_file(path)["ids"].tolist()
+            stored = load_file(path)
+            rows = [ids.tolist() for ids in stored["ids"].split(stored["lengths"].tolist())]
             listener(_SAMPLE_ROWS * _SAMPLE_LENGTH)
         except (FileNotFoundError, SafetensorError, KeyError):
             rows = self._sampled(piece, listener)
+            lengths = torch.tensor([len(row) for row in rows])
             with atomic_path(path) as temporary:
-                save_file({"ids": torch.tensor(rows)}, temporary)
+                save_file({"ids": torch.tensor([i for row in rows for i in row]), "lengths": lengths}, temporary)
         return rows
 
     def _sampled(self, piece: int, listener: Callable[[int], None]) -> list[list[int]]:
-        first = piece * _SAMPLE_ROWS % len(STARTERS)
-        starters = STARTERS[first:] + STARTERS[:first]
         # a CPU's generator keeps 32 bits of its seed
         seed = int.from_bytes(hashlib.sha256(f"{self._seed} {piece}".encode()).digest()[:4], "big")
-        rows = sample_ids(self._base, _SAMPLE_ROWS, _SAMPLE_LENGTH, seed, starters, _SAMPLE_ROWS, listener)
-        return [row[:_SAMPLE_LENGTH] for row in rows]
+        quarter = _SAMPLE_ROWS // 4
+        chats = sample_chats(self._base, quarter, _TURN_LENGTH, seed, quarter, listener)
+        count = _SAMPLE_ROWS // 2 - len(chats)
+        free = sample_freely(self._base, 2 * quarter, _SAMPLE_LENGTH, seed, 2 * quarter, listener)
+        first = piece * count % len(STARTERS)
+        starters = STARTERS[first:] + STARTERS[:first]
+        opened = sample_ids(self._base, count, _SAMPLE_LENGTH, seed, starters, count, listener)
+        others = [row[:_SAMPLE_LENGTH] for row in opened]
+        last = chats or others[quarter:]
+        return [row for four in zip(free[:quarter], others[:quarter], free[quarter:], last, strict=True) for row in four]
 
 
 class _Texts:

@@ -10,10 +10,13 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from .base import Base, seeded
 from .facts import Fact
 from .kv_cache import cache_of, with_cache
-from .positions import encode, fact_text, pad
+from .lm.chat import chat_frame
+from .positions import Text, encode, fact_text, pad
 from .progress import bar
 
-__all__ = ["STARTERS", "generate_ids", "sample_contexts", "sample_ids", "target_tails"]
+__all__ = [
+    "STARTERS", "generate_ids", "sample_chats", "sample_contexts", "sample_freely", "sample_ids", "target_tails",
+]  # fmt: skip
 
 # Frequent openings of English sentences: varied starts give varied samples, with or without a BOS token.
 STARTERS = (
@@ -66,7 +69,6 @@ class _Ban(LogitsProcessor):
         return scores.scatter(1, self._tokens.to(scores.device), -torch.inf)
 
 
-@torch.no_grad()
 def sample_ids(
     base: Base,
     count: int,
@@ -78,8 +80,7 @@ def sample_ids(
 ) -> list[list[int]]:
     """Texts sampled by the model, each a starter and `length` tokens more, none ending early.
 
-    Samples from the 50 likeliest tokens. `generate` would take twice as long: it sorts, masks and draws over the whole
-    vocabulary.
+    Samples from the 50 likeliest tokens.
 
     Args:
         listener: called with the number of new tokens after each step.
@@ -88,30 +89,117 @@ def sample_ids(
         `count` rows of token ids.
     """
     starts = [base.tokenizer(starters[i % len(starters)])["input_ids"] for i in range(count)]
-    ends = _ends(base)
-    texts: list[list[int]] = []
     with seeded(seed, base.device):
-        for first in range(0, count, batch):
-            group = starts[first : first + batch]
-            ids, mask = pad(group, side="left", device=base.device)
-            steps: list[torch.Tensor] = []
-            past = None
-            for _ in range(length):
-                arguments = {"next_sequence_length": None if past is None else 1, "attention_mask": mask, "use_cache": True}
-                prepare = base.model.prepare_inputs_for_generation
-                out = base.model(**prepare(ids, is_first_iteration=past is None, **with_cache(prepare, arguments, past)))
-                past = cache_of(out)
-                logits = out.logits[:, -1].float()
+        return [[*start, *new] for start, new in zip(starts, _sampled(base, starts, length, 50, batch, listener), strict=True)]
+
+
+def sample_freely(
+    base: Base, count: int, length: int, seed: int, batch: int = 128, listener: Callable[[int], None] | None = None
+) -> list[list[int]]:
+    """Texts of `length` tokens that the model samples from nothing, out of its whole distribution, none ending early.
+
+    They are closer than those of `sample_ids` to what a model was trained on: prose, lists, code, tables, other languages. The
+    token that begins a text (BOS, or the end of the text before) is part of a row only where the tokenizer puts it there.
+
+    Args:
+        listener: called with the number of new tokens after each step.
+
+    Returns:
+        `count` rows of token ids.
+    """
+    given = list(base.tokenizer("")["input_ids"])
+    first = next((i for i in (base.tokenizer.bos_token_id, *_ends(base)) if i is not None), None)
+    opening = given or ([first] if first is not None else [])
+    if not opening:
+        return [row[:length] for row in sample_ids(base, count, length, seed, batch=batch, listener=listener)]
+    with seeded(seed, base.device):
+        rows = _sampled(base, [opening] * count, length, None, batch, listener)
+    return [[*given, *row][:length] for row in rows]
+
+
+def sample_chats(
+    base: Base, count: int, length: int, seed: int, batch: int = 128, listener: Callable[[int], None] | None = None
+) -> list[list[int]]:
+    """Chats in the model's own template of which the model writes both turns, out of its whole distribution.
+
+    Args:
+        length: tokens of each turn at most.
+        listener: called with the number of new tokens after each step.
+
+    Returns:
+        `count` rows of token ids, with what the template puts around the turns; none where there is no chat template, or where
+        such a chat is longer than the model has positions.
+    """
+    frame = chat_frame(base.tokenizer)
+    limit = getattr(base.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if frame is None or (limit and len(_ids(base, frame.before + frame.between + frame.after)) + 2 * length > limit):
+        return []
+    ends = [*_ends(base), *_ids(base, frame.between)[:1]]
+    with seeded(seed, base.device):
+        asked = _turns(base, [_ids(base, frame.before)] * count, length, ends, batch, listener)
+        turns = [Text(turn or "Hello!") for turn in asked]
+        opened = [list(text.ids) for text in encode(base.tokenizer, [frame.around(turn) for turn in turns])]
+        answers = _turns(base, opened, length, ends, batch, listener)
+    whole = [frame.around(turn, answer or "Hello!") for turn, answer in zip(turns, answers, strict=True)]
+    return [list(text.ids) for text in encode(base.tokenizer, whole)]
+
+
+def _turns(
+    base: Base,
+    starts: Sequence[Sequence[int]],
+    length: int,
+    ends: Sequence[int],
+    batch: int,
+    listener: Callable[[int], None] | None,
+) -> list[str]:
+    """What the model says next, as text, up to where a turn ends."""
+    rows = _sampled(base, starts, length, None, batch, listener, may_end=True)
+    said = [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
+    return [text.strip() for text in base.tokenizer.batch_decode(said, skip_special_tokens=True)]
+
+
+def _ids(base: Base, text: str) -> list[int]:
+    return list(base.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@torch.no_grad()
+def _sampled(
+    base: Base,
+    starts: Sequence[Sequence[int]],
+    length: int,
+    top: int | None,
+    batch: int,
+    listener: Callable[[int], None] | None,
+    may_end: bool = False,
+) -> list[list[int]]:
+    """`length` tokens after each start, from the `top` likeliest ones or from all. `generate` would take twice as long: it
+    sorts, masks and draws over the whole vocabulary."""
+    ends = _ends(base)
+    found: list[list[int]] = []
+    for first in range(0, len(starts), batch):
+        group = starts[first : first + batch]
+        ids, mask = pad(group, side="left", device=base.device)
+        steps: list[torch.Tensor] = []
+        past = None
+        for _ in range(length):
+            arguments = {"next_sequence_length": None if past is None else 1, "attention_mask": mask, "use_cache": True}
+            prepare = base.model.prepare_inputs_for_generation
+            out = base.model(**prepare(ids, is_first_iteration=past is None, **with_cache(prepare, arguments, past)))
+            past = cache_of(out)
+            logits = out.logits[:, -1].float()
+            if not may_end:
                 logits[:, ends] = -torch.inf
-                top = logits.topk(min(50, logits.shape[-1]))
-                chosen = top.indices.gather(1, torch.multinomial(top.values.softmax(-1), 1))
-                steps.append(chosen)
-                ids, mask = torch.cat([ids, chosen.to(ids)], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-                if listener:
-                    listener(len(group))
-            new = torch.cat(steps, 1).tolist()
-            texts += [[*start, *row] for start, row in zip(group, new, strict=True)]
-    return texts
+            if top is None:
+                chosen = torch.multinomial(logits.softmax(-1), 1)
+            else:
+                likeliest = logits.topk(min(top, logits.shape[-1]))
+                chosen = likeliest.indices.gather(1, torch.multinomial(likeliest.values.softmax(-1), 1))
+            steps.append(chosen)
+            ids, mask = torch.cat([ids, chosen.to(ids)], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            if listener:
+                listener(len(group))
+        found += torch.cat(steps, 1).tolist()
+    return found
 
 
 def _ends(base: Base) -> list[int]:

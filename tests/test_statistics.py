@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -20,11 +21,17 @@ from hf_edit import (
     statistics,
 )
 from hf_edit.base import Base
+from hf_edit.lm.chat import chat_frame
 from hf_edit.moments import Moment, folded, unfolded
-from hf_edit.statistics import cached_statistics
+from hf_edit.statistics import _Samples, cached_statistics
+from hf_edit.texts import STARTERS, sample_chats, sample_freely
 
 NAME = "model.layers.1.mlp.down_proj"
 TEXTS = CORPUS[:72]
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture
@@ -135,6 +142,45 @@ def test_an_editable_model_is_read_without_its_edits(tokenizer, own_cache):
     again = KeyStatistics.compute(model, texts=TEXTS, modules=[4], resume=False, progress=False)
     assert clean.fingerprint == again.fingerprint
     assert _same(clean, again)
+
+
+def test_own_samples_are_of_three_kinds_at_any_budget(tokenizer, own_cache):
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = TEMPLATE
+    base = Base(tiny_model("llama"), chatty)
+    frame = chat_frame(chatty)
+    rows = _Samples(base, 8 * 64, 0, True, False).rows()
+    assert len(rows) == 8
+    texts = chatty.batch_decode(rows)
+    assert [text.startswith(frame.before) and frame.between in text for text in texts] == [False, False, False, True] * 2
+    assert texts[1].startswith(STARTERS[0])
+    assert texts[5].startswith(STARTERS[1])
+    assert {len(rows[i]) for i in (0, 1, 2, 4, 5, 6)} == {64}
+    assert _Samples(base, 8 * 64, 0, True, False).rows() == rows, "kept"
+    assert _Samples(base, 8 * 64, 0, False, False).rows() == rows, "sampled again"
+    without = _Samples(Base(base.model, tokenizer), 8 * 64, 0, True, False).rows()
+    assert {len(row) for row in without} == {64}
+    assert without[0] == rows[0], "only chats need a template"
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_free_samples_begin_with_a_special_token_only_where_the_tokenizer_sets_one(tokenizer, bos_tokenizer, bos):
+    base = Base(tiny_model("llama"), bos_tokenizer if bos else tokenizer)
+    rows = sample_freely(base, 3, 10, 0)
+    assert [len(row) for row in rows] == [10] * 3
+    assert all((row[0] == base.tokenizer.bos_token_id) == bos for row in rows)
+    assert rows == sample_freely(base, 3, 10, 0)
+    assert rows != sample_freely(base, 3, 10, 1)
+
+
+def test_a_chat_that_does_not_fit_is_not_sampled(tokenizer):
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = TEMPLATE
+    base = Base(tiny_model("llama"), chatty)
+    assert len(sample_chats(base, 2, 8, 0)) == 2
+    base.model.config.max_position_embeddings = 24
+    assert sample_chats(base, 2, 8, 0) == []
+    assert sample_chats(Base(base.model, tokenizer), 2, 8, 0) == []
 
 
 # --- never twice ---------------------------------------------------------------------------------------------------------

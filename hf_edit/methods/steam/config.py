@@ -100,7 +100,7 @@ class SteamConfig(EditConfig):
     )
     ridge: float = setting(0.1, "AlphaEdit's L2, relative to the mean squared length of the facts' projected keys")
     statistics_tokens: int | None = setting(
-        None, "tokens of the model's own text behind the key statistics; by default four for each key dimension"
+        None, "tokens of the model's own text behind the key statistics; by default eight for each key dimension"
     )
     statistics: Any = setting(
         None, "the folder of saved `KeyStatistics`, or the object; by default those of the model's own text"
