@@ -33,8 +33,8 @@ __all__ = ["Moment", "NullSpace"]
 logger = logging.getLogger(__name__)
 
 # Added to C's diagonal, relative to the diagonal's median (the mean is the first token's, whose keys are enormous):
-# directions that the sampled text never used stay solvable.
-_RIDGE = 1e-2
+# directions that the sampled text hardly used by chance are not taken for free ones, and stay solvable.
+_RIDGE = 1e-1
 _WORTH_KEEPING = 512  # below this width a factor takes no longer to make than to read
 
 

@@ -81,7 +81,7 @@ class SteamConfig(EditConfig):
         0.5, "the bare prompt's share in a fact's key; None counts it as one context among the others, as MEMIT does"
     )
     bystanders: float = setting(
-        1.0, "weight of the keys of the prompts' other tokens, at which an insertion must change nothing; 0 leaves them out"
+        0.2, "weight of the keys of the prompts' other tokens, at which an insertion must change nothing; 0 leaves them out"
     )
     gate: bool = setting(
         False,
@@ -93,7 +93,7 @@ class SteamConfig(EditConfig):
         2, "how often the values of facts that did not land are optimised further, in the edited model, and all inserted anew"
     )
     covariance_weight: float | None = setting(
-        None, "MEMIT's lambda; by default a tenth of the key's width up to 100 facts, growing as their square up to the width"
+        None, "MEMIT's lambda; by default a fifth of the key's width, from 142 facts on growing as their square up to the width"
     )
     null_space_threshold: float = setting(
         0.02, "AlphaEdit: eigenvalues of the key statistics below this share of their mean count as null"

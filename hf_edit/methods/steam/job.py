@@ -203,7 +203,7 @@ class Job:
             self.scale,
             self.statistics,
             encode(self.base.tokenizer, protected),
-            covariance_weight=config.covariance_weight or 0.1 * width * min(max(1.0, len(facts) / 100) ** 2, 10.0),
+            covariance_weight=config.covariance_weight or width * min(max(0.2, 0.1 * (len(facts) / 100) ** 2), 1.0),
             null_space_threshold=config.null_space_threshold,
             ridge=config.ridge,
             bare_share=config.bare_share,
