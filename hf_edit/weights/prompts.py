@@ -77,22 +77,23 @@ def fact_texts(
         tail_tokens: length of the clean model's own continuation behind the bare prompt's target.
         wordings: how many contexts give way to the prompt in other words, where the package knows such.
         kept_prompts: how many of `GENERIC_PROMPTS` are kept, see `spared_prompts`.
-        chats: in how many chats the fact is asked for and answered, where the model has a chat template.
+        chats: how many contexts give way to chats in which the fact is asked for and answered, where the model has a chat
+            template.
         keys_only: nothing behind the subject is read: spare the model the answers.
     """
     tails = target_tails(base, facts, tail_tokens)
-    asked = chat_forms(base, facts, chats, answered=not keys_only)
+    asked = chat_forms(base, facts, min(chats, len(contexts)), answered=not keys_only)
     rewrites = encode(
         base.tokenizer,
         [
             text
             for f, chat in zip(facts, asked, strict=True)
-            for text in (fact_text(f, target=f.target), *_elsewhere(f, contexts, wordings), *chat)
+            for text in (fact_text(f, target=f.target), *_elsewhere(f, contexts[len(chat) :], wordings), *chat)
         ],
     )
     spared = spared_prompts(base, facts, kept_prompts)
     kept = encode(base.tokenizer, [fact_text(f, prompt=prompt) for f, own in zip(facts, spared, strict=True) for prompt in own])
-    width, each = 1 + len(contexts) + (len(asked[0]) if facts else 0), kept_prompts
+    width, each = 1 + len(contexts), kept_prompts
     found = []
     for i, tail in enumerate(tails):
         bare, *others = rewrites[i * width : (i + 1) * width]

@@ -1,9 +1,12 @@
 """Value optimisation: the vector that makes one MLP say a new fact (ROME, arXiv 2202.05262, sec. 3.1).
 
 A residual `delta` is added to the MLP's output at the subject's last token and optimised so that the model goes on with
-the target: L = mean NLL(target) + kl_factor KL(p_delta || p_0) + weight_decay |delta|/|v|^2, with Adam, |delta| clamped to
-clamp |v| after each step. Ours on top of the papers:
+the target: L = mean NLL(target) + kl_factor KL(p_delta || p_0) + weight_decay |delta|/|v|^2, |delta| clamped to clamp |v|
+after each step. Ours on top of the papers:
 
+- Steps follow the normalised gradient (`_Descent`) instead of Adam, which moves every coordinate by the same amount. On eight
+  questions of QAEdit, asked in completions and chats, 20 steps bring the loss to 0.33 nats, and to 0.74 with Adam's best step.
+- An answer of a whole sentence weighs as much as the target's tokens alone: the sentence's other tokens come by themselves.
 - The KL is read after "{subject} is a" and, where the same subject's other facts shall be spared, after more prompts about it.
 - A second KL is read over a few tokens behind the target, against the clean model that may not say the target again.
 - A fact that is sure enough (`enough`) stops pushing, and the balance between fit and KL is each fact's own (`balance`).
@@ -32,6 +35,7 @@ __all__ = ["Objective", "ValueSettings", "Values", "optimize_values"]
 
 _SHORT = 0.05  # nats: a fact whose mean hinge is above this is short of `enough`
 _SHARES = (0.1, 20.0)  # least and greatest share of the fit in a fact's loss, under `balance`
+_MOMENTUM = 0.8
 _SAID_AGAIN = -10.0  # log-probability that the clean model is left with for saying the target once more
 _PATIENCE, _GIVE = (
     1.15,
@@ -45,7 +49,7 @@ class ValueSettings:
 
     block: int
     steps: int
-    lr: float | None
+    lr: float
     kl_factor: float
     tail_factor: float
     weight_decay: float
@@ -203,73 +207,92 @@ class _Problem:
     def optimize(self, settings: ValueSettings, facts: Sequence[int]) -> Iterator[None]:
         """Run the steps; yields after each. The result is in `delta` and `losses`."""
         norms = self.norms
-        clamp = settings.clamp or (4.0 if self.place.scale is None else 0.75)
-        # Adam moves each coordinate by about its step size: a tenth of the stream's own suits every width and scale
-        unit = torch.full_like(norms, settings.lr) if settings.lr else 0.1 * norms / self.delta.shape[1] ** 0.5
-        steps = (self.delta.detach() / unit[:, None]).requires_grad_()
-        adam = torch.optim.Adam([steps], lr=1.0)
+        longest = (settings.clamp or (4.0 if self.place.scale is None else 1.0)) * norms
+        delta = self.delta.detach().requires_grad_()
+        descent = _Descent(delta, settings.lr * longest, settings.steps)
         share = torch.ones_like(norms)  # of the fit in each fact's loss
         weight: torch.Tensor | None = None  # of the objective
         losses = []
         for number in range(settings.steps):
-            adam.zero_grad()
-            self.delta = steps * unit[:, None]
-            fit, kept, tail, aligned = self.terms(self.turns[number % len(self.turns)], settings.enough)
+            fit, kept, tail, aligned = self.terms(delta, self.turns[number % len(self.turns)], settings.enough)
             losses.append((fit + settings.kl_factor * kept + settings.tail_factor * tail).detach())
             loss = share * fit + settings.kl_factor * kept + settings.tail_factor * tail
             # |v|^2 where both norms are one; behind a norm |v| says nothing about the stream's scale
-            loss = (loss + settings.weight_decay * self.delta.norm(dim=1) / (norms * self.states.norm(dim=1))).sum()
+            loss = (loss + settings.weight_decay * delta.norm(dim=1) / (norms * self.states.norm(dim=1))).sum()
             if self.objective is not None:
                 term = self.objective.loss(facts, aligned)
                 if weight is None:
-                    weight = _weights(self.objective, term, loss, steps)
+                    weight = _weights(self.objective, term, loss, delta)
                 loss = loss + (weight * term).sum()
-            loss.backward()
-            adam.step()
+            descent.step(torch.autograd.grad(loss, delta)[0])
             with torch.no_grad():
-                length = steps.norm(dim=1) * unit
-                steps *= torch.minimum(torch.ones_like(length), clamp * norms / length.clamp(min=1e-12))[:, None]
+                delta *= (longest / delta.norm(dim=1).clamp(min=1e-12)).clamp(max=1.0)[:, None]
                 if settings.balance:
                     share = (share * torch.where(fit > _SHORT, _PATIENCE, _GIVE)).clamp(*_SHARES)
             yield
-        self.delta = (steps * unit[:, None]).detach()
+        self.delta = delta.detach()
         if losses:
             self.losses = torch.stack(losses)
 
     def terms(
-        self, parts: Sequence[_Part], enough: float | None
+        self, delta: torch.Tensor, parts: Sequence[_Part], enough: float | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]:
         """NLL, KL after kept prompts and KL behind the target of each fact, and the states that the objective reads."""
         blocks = self.objective.blocks if self.objective else ()
-        sums = torch.zeros(3, len(self.delta), device=self.delta.device)
+        sums = torch.zeros(3, len(delta), device=delta.device)
         states: dict[int, dict[int, torch.Tensor]] = {block: {} for block in blocks}
         for part in parts:
-            terms, found = part.terms(self.delta, enough, blocks)
+            terms, found = part.terms(delta, enough, blocks)
             sums = sums + terms
             for block in blocks:
                 states[block].update(zip(part.state_facts, found[block], strict=True))
-        aligned = {b: torch.stack([by_fact[f] for f in range(len(self.delta))]) for b, by_fact in states.items()}
+        aligned = {b: torch.stack([by_fact[f] for f in range(len(delta))]) for b, by_fact in states.items()}
         return sums[0], sums[1], sums[2], aligned
 
 
-def _weights(objective: Objective, term: torch.Tensor, loss: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+class _Descent:
+    """Normalised gradient descent with Nesterov's momentum, each fact by itself: a step's length does not depend on how large
+    the loss is. Over the second half of the steps it falls to zero, so that the last ones settle.
+
+    Args:
+        delta: what is optimised, in place: [facts, hidden].
+        length: of a step, [facts].
+        steps: how many there will be.
+    """
+
+    def __init__(self, delta: torch.Tensor, length: torch.Tensor, steps: int) -> None:
+        self._delta, self._length, self._steps = delta, length, steps
+        self._momentum = torch.zeros_like(delta)
+        self._done = 0
+
+    @torch.no_grad()
+    def step(self, gradient: torch.Tensor) -> None:
+        self._momentum = _MOMENTUM * self._momentum + gradient
+        ahead = gradient + _MOMENTUM * self._momentum
+        length = self._length * min(1.0, 2 * (1 - self._done / self._steps))
+        self._delta -= ahead * (length / ahead.norm(dim=1).clamp(min=1e-12))[:, None]
+        self._done += 1
+
+
+def _weights(objective: Objective, term: torch.Tensor, loss: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """The objective's weight for each fact, [facts]; facts are independent, so each row of a gradient is one fact's own."""
     if objective.ratio is None:
         return torch.full_like(term, objective.weight or 0.0).detach()
-    rest, own = (torch.autograd.grad(t, steps, retain_graph=True)[0].norm(dim=1) for t in (loss, term.sum()))
+    rest, own = (torch.autograd.grad(t, delta, retain_graph=True)[0].norm(dim=1) for t in (loss, term.sum()))
     return objective.ratio * rest / own.clamp(min=1e-12)
 
 
 @dataclass(frozen=True)
 class _Row:
     """A text in one turn of the rotation. `share` is its part of the mean that it belongs to, `context` the number of what
-    stands in front of it, 0 for nothing."""
+    stands in front of it, 0 for nothing; `tokens` are those of the fact's own target."""
 
     fact: int
     text: EncodedText
     turn: int
     share: float
     context: int = 0
+    tokens: int = 1
     rewrite: bool = False
     bare: bool = False
     tail: bool = False
@@ -293,8 +316,9 @@ def _rows(fact: int, texts: FactTexts, rotation: int) -> list[_Row]:
         chosen = list(enumerate(contexts, start=1))[turn::rotation]
         share = 1 / (1 + len(chosen))
         has_tail = turn == 0 and len(bare.ids) > bare.target[1]
-        rows.append(_Row(fact, bare, turn, share, rewrite=True, bare=True, tail=has_tail))
-        rows += [_Row(fact, text, turn, share, context, rewrite=True) for context, text in chosen]
+        tokens = len(bare.labels)
+        rows.append(_Row(fact, bare, turn, share, tokens=tokens, rewrite=True, bare=True, tail=has_tail))
+        rows += [_Row(fact, text, turn, share, context, tokens, rewrite=True) for context, text in chosen]
         kept = texts.kept[turn::rotation]
         # what only some turns hold weighs more in them, so that the mean over the turns is the mean over all
         rows += [_Row(fact, text, turn, rotation / min(rotation, len(texts.kept)) / len(kept)) for text in kept]
@@ -351,7 +375,7 @@ class _Part:
         for column, (i, _) in enumerate(labels + kept):
             row = self.rows[i]
             term = 0 if column < len(labels) else 2 if row.rewrite else 1
-            among = len(row.text.labels) if term == 0 else len(row.kept)
+            among = min(row.tokens, len(row.text.labels)) if term == 0 else len(row.kept)
             share = rotation if term == 2 else row.share
             self.weights[term * count + row.fact, column] = share / among
 

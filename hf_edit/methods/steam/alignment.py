@@ -12,7 +12,7 @@ __all__ = ["Alignment", "Contrast"]
 
 
 class Alignment:
-    """L_LA = mean over blocks of 1 - cos(h, anchor), for facts that have an anchor; cosines in float32.
+    """L_LA = mean over blocks of 1 - cos(h, anchor), over the blocks where a fact has an anchor; cosines in float32.
 
     Args:
         anchors: of all facts.
@@ -27,12 +27,18 @@ class Alignment:
         chosen = list(facts)
         self._origin = {b: origin[chosen] for b, origin in anchors.origin.items()}
         self._targets = {b: states[chosen] for b, states in anchors.states.items()}
-        self._known = torch.tensor([float(anchors.counts[f] > 0) for f in chosen])
+        # by block, the facts that have an anchor there
+        self._known = {b: (target != 0).any(-1).float() for b, target in self._targets.items()}
 
     def loss(self, facts: Sequence[int], states: dict[int, torch.Tensor]) -> torch.Tensor:
         """The term for each fact, [facts]; zero where there is no anchor."""
-        terms = [self._term(b, list(facts), state - self._origin[b][facts].to(state)) for b, state in states.items()]
-        return self._known[facts].to(terms[0]) * torch.stack(terms).mean(0)
+        terms, counts = torch.zeros(()), torch.zeros(())
+        for block, state in states.items():
+            known = self._known[block][facts].to(state)
+            origin = self._origin[block][facts].to(state)
+            terms = terms.to(known) + known * self._term(block, list(facts), state - origin)
+            counts = counts.to(known) + known
+        return terms / counts.clamp(min=1)
 
     def _term(self, block: int, facts: Sequence[int], stream: torch.Tensor) -> torch.Tensor:
         return 1 - torch.cosine_similarity(stream, self._targets[block][facts].to(stream), dim=-1)

@@ -1,8 +1,15 @@
-"""Semantic anchors: where the clean model itself stands when it is about to say an object (Latent Positioning)."""
+"""Semantic anchors: where the clean model itself stands when it is about to say an object (Latent Positioning).
+
+Anchors are read before the object of known facts that share it (references). Where too few of these are recalled, as of dates
+and rare names, the model is given the fact itself: the change of its state before the object is an *in-context anchor*. On
+SmolLM2-135M and CounterFact, its cosine to held-out references of the object is 0.26 in the last third of the blocks, 0.08 to
+those of another object of the same relation, and zero to both in the middle third. So it is used in the last third.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,10 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ...alignment import general_references, score_references
+from ...answers import score_targets
 from ...base import Base
 from ...cache import atomic_path, cache_folder
 from ...facts import Fact, fold
+from ...lm.chat import chat_frame
+from ...positions import Text, encode, fact_text, join
 from ...progress import bar
+from ...questions import other_wordings
 from ...references import Reference, balanced, bank, bank_relations, open_source
 
 __all__ = ["AnchorSettings", "Anchors", "ObjectAnchor", "anchor_of", "build_anchors", "centre", "informative_blocks"]
@@ -25,6 +36,7 @@ T = TypeVar("T")
 
 _NEAR = 10
 _ENOUGH_EXACT = 5  # with fewer references that are recalled word for word, the first token among the top 10 will do
+_TOLD_WORDINGS = 2
 _RELATION_FACTS = 8
 _BAND_OBJECTS, _BAND_REFERENCES = 48, 6
 
@@ -72,7 +84,8 @@ class Anchors:
         states: by block, [facts, hidden]: direction of the new object; zero where a fact has no anchor.
         old: by block, [facts, hidden]: direction of the old object; zero where it is unknown.
         others: by block, [objects, hidden]: directions of other objects.
-        counts: for each fact, the references behind its anchor; 0 for none.
+        counts: for each fact, the references behind its anchor, or the prompts behind an in-context anchor; 0 for none.
+        in_context: the facts whose anchor is an in-context one, by index.
     """
 
     blocks: tuple[int, ...]
@@ -81,6 +94,7 @@ class Anchors:
     old: dict[int, torch.Tensor]
     others: dict[int, torch.Tensor]
     counts: tuple[int, ...]
+    in_context: frozenset[int] = frozenset()
 
 
 def build_anchors(
@@ -89,6 +103,7 @@ def build_anchors(
     blocks: tuple[int, ...],
     settings: AnchorSettings,
     *,
+    given_blocks: Sequence[int] = (),
     contrast: int = 0,
     progress: bool = False,
 ) -> Anchors:
@@ -99,6 +114,8 @@ def build_anchors(
 
     Args:
         blocks: where the streams will be compared.
+        given_blocks: where they will be compared for facts whose object has too few references; none of these facts has an
+            anchor where this is empty.
         contrast: how many other objects of the bank to read anchors of, and the facts' old objects with them.
         progress: show a progress bar.
     """
@@ -130,15 +147,71 @@ def build_anchors(
     nothing = ObjectAnchor(torch.zeros_like(general), torch.zeros_like(general), 0)
     picked = [anchors[fold(f.target)] for f in facts]
     before = [old.get(fold(f.target_old), nothing) if f.target_old else nothing for f in facts]
+    # in the object frame only references whose relation the bank knows say anything
+    counts = [a.count if frame != "object" or bool(a.share.any()) else 0 for a in picked]
+    left = [i for i, count in enumerate(counts) if not count] if given_blocks else []
+    everywhere = tuple(sorted({*blocks, *given_blocks})) if left else blocks
+    origin = dict(zip(everywhere, _origins(base, facts, everywhere, frame, general), strict=True))
+    states = {b: torch.stack([direction(a, b) for a in picked]) for b in everywhere}
+    for b in set(everywhere) - set(blocks):
+        states[b] = torch.zeros_like(states[b])
+    if left:
+        given, without, prompts = _given(base, [facts[i] for i in left], given_blocks, progress)
+        for column, b in enumerate(given_blocks):
+            own = torch.zeros_like(without) if frame == "raw" else without
+            origin[b], states[b] = origin[b].clone(), states[b].clone()
+            origin[b][left], states[b][left] = own[:, column], given[:, column] - own[:, column]
+        for i, count in zip(left, prompts, strict=True):
+            counts[i] = count
     return Anchors(
-        blocks,
-        dict(zip(blocks, _origins(base, facts, blocks, frame, general), strict=True)),
-        {b: torch.stack([direction(a, b) for a in picked]) for b in blocks},
-        {b: torch.stack([direction(a, b) for a in before]) for b in blocks},
-        {b: torch.stack([direction(a, b) for a in others.values()]) if others else general[:0] for b in blocks},
-        # in the object frame only references whose relation the bank knows say anything
-        tuple(a.count if frame != "object" or bool(a.share.any()) else 0 for a in picked),
+        everywhere,
+        origin,
+        states,
+        {b: torch.stack([direction(a, b) for a in before]) for b in everywhere},
+        {b: torch.stack([direction(a, b) for a in others.values()]) if others else general[:0] for b in everywhere},
+        tuple(counts),
+        frozenset(i for i in left if counts[i]),
     )
+
+
+def _given(
+    base: Base, facts: Sequence[Fact], blocks: Sequence[int], progress: bool
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """States before the object when the clean model is given the fact, and when it is not.
+
+    Of the prompts that give a fact, those count after which the object's first token is among the model's first ten.
+
+    Returns:
+        The mean over these prompts, the bare prompt's, and their number: float32 [facts, blocks, hidden] twice, on the CPU, and
+        for each fact a number. Where that is 0, both states are the bare prompt's.
+    """
+    bare = [fact_text(f, target=f.target) for f in facts]
+    giving = [_prompts_that_give(base, f) for f in facts]
+    texts = encode(base.tokenizer, [text for own, more in zip(bare, giving, strict=True) for text in (own, *more)])
+    scores = iter(score_targets(base, texts, blocks=blocks, progress=progress))
+    given, without, counts = [], [], []
+    for more in giving:
+        first, *rest = itertools.islice(scores, 1 + len(more))
+        known = [score for score in rest if score.rank < _NEAR]
+        without.append(torch.stack([first.states[b] for b in blocks]))
+        read = [torch.stack([score.states[b] for b in blocks]) for score in known]
+        given.append(torch.stack(read).mean(0) if read else without[-1])
+        counts.append(len(known))
+    return torch.stack(given), torch.stack(without), counts
+
+
+def _prompts_that_give(base: Base, fact: Fact) -> list[Text]:
+    """Prompts with the fact in front of what is asked, in several wordings and in the chat."""
+    question = fact_text(fact).text
+    wordings = [wording.replace("{}", fact.subject) for wording in other_wordings(fact)[:_TOLD_WORDINGS]]
+    told = [f"{join(said, fact.target)}." for said in (question, *wordings)]
+    prompts = [*(f"{said} {question}" for said in told), f"{join(question, fact.target)}\n\n{question}"]
+    texts = [Text(whole := join(prompt, fact.target), None, (len(prompt), len(whole))) for prompt in prompts]
+    frame = chat_frame(base.tokenizer, told[0])
+    if frame is not None and chat_frame(base.tokenizer) is not None:
+        asked = frame.around(Text(question)).text
+        texts.append(Text(asked + fact.target, None, (len(asked), len(asked) + len(fact.target)), special=False))
+    return texts
 
 
 def anchor_of(base: Base, obj: str, pool: Iterable[Reference], settings: AnchorSettings) -> ObjectAnchor:

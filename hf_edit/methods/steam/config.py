@@ -50,20 +50,20 @@ class SteamConfig(EditConfig):
         None, "'rome', 'r_rome', 'memit' or 'alphaedit'; by default MEMIT for several facts, ROME for one, and behind a gate"
     )
     layers: tuple[int, ...] | None = setting(
-        None, "blocks to edit, ascending; ROME edits the last of them. By default those from 13 to 27 % of the depth"
+        None, "blocks to edit, ascending; ROME edits the last of them. By default those from 20 to 47 % of the depth"
     )
-    steps: int = setting(20, "steps of Adam for each value")
-    lr: float | None = setting(None, "step size of Adam; by default a tenth of the stream's root mean square")
+    steps: int = setting(20, "steps of gradient descent for each value")
+    lr: float = setting(0.25, "length of a step, relative to the longest delta that `clamp` allows")
     weight_decay: float = setting(0.5, "weight of |delta| / |v|^2")
     kl_factor: float = setting(0.0625, "weight of KL(edited || clean) after prompts about the subject")
     kept_prompts: int = setting(1, "how many such prompts, of a pool of 24; with 1 it is '{subject} is a'")
-    enough: float | None = setting(None, "stop pushing a target whose probability is above this; None never stops")
+    enough: float | None = setting(0.9, "stop pushing a token of the target whose probability is above this; None never stops")
     balance: bool = setting(False, "let facts that are short of `enough` weigh fit over KL, and the others KL over fit")
     rotation: int = setting(3, "take turns: each step runs one part in so many of the contexts, kept prompts and tails")
     tail_factor: float = setting(0.25, "weight of KL(edited || clean) behind the target, which keeps it from being said again")
     tail_tokens: int = setting(6, "tokens behind the target that this term reads")
     clamp: float | None = setting(
-        None, "|delta| at most, relative to the norm of the stream (0.75), or of the MLP's output behind a norm (4)"
+        None, "|delta| at most, relative to the norm of the stream (1), or of the MLP's output behind a norm (4)"
     )
     contexts: int = setting(5, "sampled prefixes that the fact must also hold behind")
     wordings: int | None = setting(
@@ -73,9 +73,9 @@ class SteamConfig(EditConfig):
     )
     context_length: int = setting(10, "tokens of such a prefix")
     chats: int = setting(
-        0,
-        "chats in which the fact is asked for and answered as the model itself would answer it, where it has a chat template: "
-        "more facts hold in the chat then, fewer unrelated answers stay, and the values take longer",
+        3,
+        "how many of these give way to chats in which the fact is asked for and answered as the model itself would answer it, "
+        "where it has a chat template",
     )
     bare_share: float | None = setting(
         0.5, "the bare prompt's share in a fact's key; None counts it as one context among the others, as MEMIT does"
@@ -124,6 +124,11 @@ class SteamConfig(EditConfig):
         "bank",
         "known facts of the same object: 'bank', 'wikidata', 'datasets:NAME', 'facts' (only the facts' own), a path, facts, a "
         "function of the object, or a list of several of these",
+    )
+    in_context: bool = setting(
+        True,
+        "where an object has too few references, take the state of the clean model that is given the fact for its anchor, by "
+        "default in the last third of the blocks",
     )
     min_references: int = setting(3, "fewer recalled references than this make no anchor")
     max_references: int = setting(50, "references behind an anchor at most")
@@ -201,14 +206,16 @@ class SteamConfig(EditConfig):
 @dataclass(frozen=True)
 class BaselineConfig(SteamConfig):
     """Settings of the base editors by themselves (`"rome"`, `"memit"`, `"alphaedit"`): by default their papers' losses and
-    keys, with all texts at each step, no term for what follows the target and no second try; step size and clamp go by the
-    model's own scale."""
+    keys, with all texts at each step, no chats, no term for what follows the target and no second try; steps and clamp go by
+    the model's own scale."""
 
     rotation: int = setting(1, "take turns: each step runs one part in so many of the contexts, kept prompts and tails")
     tail_factor: float = setting(0.0, "weight of KL(edited || clean) behind the target, which keeps it from being said again")
     anchor_weight: float = setting(0.0, "unused: a base editor has no anchors")
     bare_share: float | None = setting(None, "the bare prompt's share in a fact's key; None counts it as one context")
     bystanders: float = setting(0.0, "weight of the keys of the prompts' other tokens, at which an insertion changes nothing")
+    enough: float | None = setting(None, "stop pushing a token of the target whose probability is above this; None never stops")
+    chats: int = setting(0, "how many of the contexts give way to chats in which the fact is asked for and answered")
     retries: int = setting(0, "how often the values of facts that did not land are optimised further")
 
 

@@ -49,10 +49,12 @@ class Job:
     def prepare(cls, base: Base, config: SteamConfig, editor: str, seed: int, progress: bool) -> Job:
         layout = base.layout(config.edit_module)
         layers = _layers(base, layout, config, editor)
+        scale = write_scale(base.model, layout, layers[-1])
+        if scale is None and config.layers is None:
+            layers = layers[::-2][::-1]  # each of them takes an optimisation of its own, see `insertions`
         modules = [layout.projection(block) for block in layers]
         statistics = open_statistics(base, modules, config.statistics, num_tokens=config.statistics_tokens, progress=progress)
         contexts = sample_contexts(base, config.contexts, config.context_length, seed)
-        scale = write_scale(base.model, layout, layers[-1])
         return cls(base, config, editor, layout, layers, scale, statistics, contexts, progress)
 
     def anchor_blocks(self) -> tuple[int, ...]:
@@ -79,7 +81,21 @@ class Job:
         contrast = config.negatives if config.alignment == "contrastive" else 0
         if not blocks:
             return None
-        return build_anchors(self.base, facts, blocks, config.anchor_settings, contrast=contrast, progress=self.progress)
+        given = blocks if config.anchor_blocks is not None else self._last_third()
+        return build_anchors(
+            self.base,
+            facts,
+            blocks,
+            config.anchor_settings,
+            given_blocks=given if config.in_context else (),
+            contrast=contrast,
+            progress=self.progress,
+        )
+
+    def _last_third(self) -> tuple[int, ...]:
+        """The blocks of the last third above the edit, without the model's last, which makes ready what the head reads."""
+        third = range(self.layout.at_depth(2 / 3) + 1, len(self.layout) - 1)
+        return tuple(b for b in third if b > self.layers[-1]) or (len(self.layout) - 1,)
 
     def objective(self, anchors: Anchors | None, group: Sequence[int], within: Sequence[int]) -> Alignment | None:
         """The alignment term of facts that are optimised together; None where none of them has an anchor.

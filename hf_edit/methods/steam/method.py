@@ -22,6 +22,7 @@ from ...weights.editors import ONE_BY_ONE
 from .. import Fit, register_method
 from ..base import Attachment, require
 from .again import NotRepeatableError, insert_again
+from .anchors import Anchors
 from .config import BaselineConfig, SteamConfig
 from .job import Job
 from .parts import PARTS, appended, chosen, update_of
@@ -91,7 +92,7 @@ class Steam:
                     stack.enter_context(job.in_force(updates))
             everything = (*(previous.facts if previous else ()), *facts)
             gate = fit_routing(base, everything, before, clean, seed, progress, config.gate_quiet) if config.gate else {}
-        notes = {str(f.id): _note(n) for f, n in zip(facts, anchors.counts, strict=True)} if anchors else {}
+        notes = {str(fact.id): _note(anchors, i) for i, fact in enumerate(facts)} if anchors else {}
         modules = tuple(sorted({name.rpartition(".")[0] for name in tensors}))
         ordered = (facts[i] for group in groups for i in group)
         record = {} if config.gate else Record.of(torch.cat(values), seed, editor).behind(before).tensors()
@@ -203,7 +204,10 @@ class Steam:
         return WeightAttachment(base.model, self.factors(fit))
 
 
-def _note(count: int) -> str:
+def _note(anchors: Anchors, fact: int) -> str:
+    count = anchors.counts[fact]
+    if fact in anchors.in_context:
+        return f"in-context anchor, {count} prompt{'s'[: count != 1]}"
     return f"{count} references" if count else "no anchor: too few references are recalled"
 
 
