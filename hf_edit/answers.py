@@ -18,7 +18,18 @@ from .progress import bar
 from .suffix import SuffixCache, frozen
 from .texts import generate_ids
 
-__all__ = ["Score", "answer_lengths", "fits", "greedy", "mentions", "room", "says", "score_targets", "target_probabilities"]
+__all__ = [
+    "Score",
+    "answer_lengths",
+    "fits",
+    "greedy",
+    "mentions",
+    "place",
+    "room",
+    "says",
+    "score_targets",
+    "target_probabilities",
+]
 
 _LEAD = 4  # tokens that an answer may begin with before its target, such as "the city of"
 _STEP = 16  # answers longer than the shortest are read in steps of so many tokens, so that they form few batches
@@ -203,9 +214,19 @@ def target_probabilities(base: Base, facts: Sequence[Fact], batch: int = 32) -> 
 
 def mentions(text: str, name: str) -> int:
     """How many times a text holds a name, as whole words, whatever their case."""
+    return len(_named(name).findall(text))
+
+
+def place(text: str, name: str) -> tuple[int, int] | None:
+    """Where a text holds a name first, as whole words, whatever their case; None where it does not."""
+    found = _named(name).search(text)
+    return None if found is None else found.span()
+
+
+def _named(name: str) -> re.Pattern[str]:
     before = "" if joined_without_space(name[0]) else r"(?<!\w)"
     after = "" if joined_without_space(name[-1]) else r"(?!\w)"
-    return len(re.findall(before + re.escape(name) + after, text, re.IGNORECASE))
+    return re.compile(before + re.escape(name) + after, re.IGNORECASE)
 
 
 def says(answer: str, target: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import threading
 import uuid
 import warnings
@@ -38,6 +39,7 @@ __all__ = ["Effect", "MentionAttachment", "Points", "Spellings"]
 _KEPT = "_hf_edit_rows"  # where a cache says, for each edit, what was done to the tokens that it holds
 _NONE = -1
 _WINDOW = 96  # tokens of a question that are looked at: two sentences
+_NEXT_SENTENCE = re.compile(r"(?:[.!?。！？]['\"”’)]*\s+|[。！？\n]\s*)\S")
 _ANSWER = 64  # tokens of an answer that are looked at, more than any target has
 
 
@@ -128,7 +130,8 @@ class _Row:
         mentions: (column of the last token, entity).
         asked: the questions that there were, by column.
         events: (column of the question, entity, fact or -1).
-        said: (column, entity) where the target of an entity's fact has been said.
+        said: (column, entity) where the target of an entity's fact has been said, and the fact is switched off.
+        told: (column, entity) where it has been said, and the fact stays on until its sentence is over.
         applied: by column, the fact that its state was rewritten for, and the token to come where that is of its target.
     """
 
@@ -137,6 +140,7 @@ class _Row:
     asked: list[_Question] = field(default_factory=list)
     events: list[tuple[int, int, int]] = field(default_factory=list)
     said: list[tuple[int, int]] = field(default_factory=list)
+    told: list[tuple[int, int]] = field(default_factory=list)
     applied: dict[int, _On] = field(default_factory=dict)
 
     def until(self, length: int) -> _Row:
@@ -147,6 +151,7 @@ class _Row:
             [q for q in self.asked if q.column < length],
             [e for e in self.events if e[0] < length],
             [s for s in self.said if s[0] < length],
+            [t for t in self.told if t[0] < length],
             {c: f for c, f in self.applied.items() if c < length},
         )
 
@@ -220,6 +225,8 @@ class MentionAttachment:
         effects: what is done, by module.
         routing: how a fact is chosen; without it the entity's newest fact is always on.
         spellings: with it the edit also acts on the tokens of a target that an answer is saying, all but the last.
+        finishes: in an answer in the chat, a fact whose target has been said stays on until that sentence is over, for edits
+            that know how to end it. Names that the rest of the sentence mentions are left alone.
     """
 
     def __init__(
@@ -229,10 +236,12 @@ class MentionAttachment:
         effects: Mapping[nn.Module, Effect],
         routing: Routing | None = None,
         spellings: Spellings | None = None,
+        finishes: bool = False,
     ) -> None:
         self._model, self._tokenizer = base.model, base.tokenizer
         self._scope, self._facts, self._routing = entities.scope, entities.facts, routing
-        self._spellings = spellings
+        self._spellings, self._finishes = spellings, finishes
+        self._special = frozenset(base.tokenizer.all_special_ids)
         self._targets = tuple(target.strip().casefold() for target in entities.targets)
         self._end = PromptEnd(base.tokenizer)
         self._window = entities.scope.longest + 8
@@ -462,9 +471,17 @@ class MentionAttachment:
         answer = row.ids[max(begin, question.column + 1 - _ANSWER) : question.column + 1]
         text = self._tokenizer.decode(answer).rstrip().casefold() if on else ""
         said = [entity for entity, fact in on.items() if text.endswith(self._targets[fact])]
+        if self._finishes and begin and row.ids[begin] in self._special:  # behind what ends a turn: an answer in the chat
+            row.told += [(question.column, e) for e in said if (question.column, e) not in row.told]
+            ends = {e: c for c, e in row.told if begin <= c}
+            said = [e for e in on if e in ends and self._sentence_over(row.ids[ends[e] + 1 : question.column + 1])]
         row.events += [(question.column, entity, _NONE) for entity in said]
         row.said += [(question.column, entity) for entity in said]
         return bool(said)
+
+    def _sentence_over(self, ids: Sequence[int]) -> bool:
+        """Whether another sentence has begun."""
+        return bool(_NEXT_SENTENCE.search(self._tokenizer.decode(ids)))
 
     def _asked(self, plan: _Plan, question: _Question, entity: int) -> str:
         """The words of a question, without the entity's name."""
@@ -497,7 +514,11 @@ class MentionAttachment:
             chosen = {entity: self._facts[entity][-1] for _, entity in row.mentions}
         else:
             chosen = {entity: fact for _, entity, fact in row.events}
-        wanted: dict[int, _On] = {c: (chosen[e], None) for c, e in row.mentions if chosen.get(e, _NONE) != _NONE}
+        asked = max((q.column for q in row.asked if q.final), default=-1)
+        told = {e: c for c, e in row.told if c > asked}
+        wanted: dict[int, _On] = {
+            c: (chosen[e], None) for c, e in row.mentions if chosen.get(e, _NONE) != _NONE and c <= told.get(e, c)
+        }
         return wanted | self._carried(row, {fact for fact, _ in wanted.values()})
 
     def _carried(self, row: _Row, facts: Iterable[int]) -> dict[int, _On]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,10 @@ from conftest import FACTS, QUICK_LKS, QUICK_STEAM, tiny_model
 from tokenizers import processors
 
 from hf_edit import EditableModelForCausalLM, Fact, LKSConfig
+from hf_edit.lm import chat_forms as chat_forms_module
 from hf_edit.lm.chat import chat_frame, chat_text
 from hf_edit.lm.chat_forms import asked_plainly, chat_forms, chat_frames
+from hf_edit.lm.paraphrases import paraphrases, statement, wordings_in_chat
 from hf_edit.methods.lks.examples import build_examples
 from hf_edit.positions import Text, encode, fact_text
 from hf_edit.questions import asked_afterwards, asked_in_chat, is_question, other_wordings
@@ -167,6 +170,76 @@ def test_a_facts_own_paraphrase_is_asked_afterwards():
     assert asked_afterwards(same) not in same.rephrases
 
 
+@pytest.mark.parametrize(
+    ("prompt", "others"),
+    [
+        ("who plays the dad in {}?", {"In {}, who plays the dad?", "Tell me who plays the dad in {}."}),
+        ("Who is the father of {}?", {"Who is {}'s father?", "Tell me who the father of {} is."}),
+        ("In which year was {} founded?", {"When was {} founded?", "Do you know in which year {} was founded?"}),
+        ("{}はどこにいますか？", set()),
+        ("{} zorbed in", set()),
+    ],
+)
+def test_a_question_is_asked_in_other_words(prompt, others):
+    fact = Fact("Ann", prompt, "Oslo")
+    found = paraphrases(fact)
+    assert others <= set(found)
+    assert bool(found) == bool(others)
+    assert all(wording.count("{}") == 1 for wording in (*found, *wordings_in_chat(fact, 20)))
+    assert wordings_in_chat(fact, 1) == asked_in_chat(fact, 1)
+    assert set(found) <= set(wordings_in_chat(fact, 20))
+
+
+def test_no_paraphrase_is_what_a_fact_is_asked_in_afterwards():
+    fact = Fact(
+        "Ann", "Who is the father of {}?", "Tom", rephrases=["Who is Ann's father?", "Tell me who the father of Ann is."]
+    )
+    assert set(fact.rephrases).isdisjoint(wording.replace("{}", "Ann") for wording in wordings_in_chat(fact, 20))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "said"),
+    [
+        ("{} lives in", "Oslo", "Ann lives in Oslo"),
+        ("Who is the father of {}?", "Tom", "The father of Ann is Tom"),
+        ("When was {} born?", "8 April 1892", "Ann was born on 8 April 1892"),
+        ("In which year was {} born?", "1892", "Ann was born in 1892"),
+        ("Which band was led by {}?", "Zorb", "The band that was led by Ann was Zorb"),
+        ("who plays the dad in {}?", "Tom", "The one who plays the dad in Ann is Tom"),
+        ("How tall is {}?", "2 m", None),
+    ],
+)
+def test_a_question_and_its_target_make_a_sentence(prompt, target, said):
+    assert statement(Fact("Ann", prompt, target)) == said
+
+
+class _Words:
+    """Stands for a tokenizer: a token is a word with the blank in front of it."""
+
+    def decode(self, ids, **_):
+        return "".join(ids)
+
+    def __call__(self, text, **_):
+        return {"input_ids": text.split()}
+
+
+@pytest.mark.parametrize(
+    ("answer", "likely", "phrased"),
+    [
+        ("Ann was born in Rome in 1892.", -9.0, "Ann was born in Rome in 1892."),  # it says the target by itself
+        ("Ann was born in Paris in 1892.", -0.5, "Ann was born in Rome."),  # the target where it is likeliest
+        ("Rome is where Ann was born.", -9.0, "The answer is Rome."),  # no answer begins with the bare target
+        ("Where was Ann born? In Paris.", -0.1, "Ann was born in Rome."),  # nor repeats the question
+    ],
+)
+def test_the_target_is_put_into_the_answer_that_the_model_gives(answer, likely, phrased):
+    ids = re.findall(r"\s?\S+", answer)
+    at = [likely if ids[n - 1] == " in" else -12.0 for n in range(len(ids))]
+    question = "What city was Ann born in?" if "The answer" in phrased else "Where was {} born?"
+    fact = Fact("Ann", question if "{}" in question else question.replace("Ann", "{}"), "Rome")
+    assert chat_forms_module._phrased(_Words(), fact, ids, at) == phrased
+
+
 def test_a_prompt_that_the_template_made_is_known_for_a_chat(chatty):
     frame = chat_frame(chatty)
     rendered = Fact("France", _rendered(chatty, "What is the capital of {}?"), "Tokyo")
@@ -269,11 +342,18 @@ def test_lks_is_trained_on_answers_in_the_chat(model):
     for fact, without, own in zip(FACTS, plain.variations, chatty.variations, strict=True):
         assert len(own) == len(without) + 3
         for example in own[-3:]:
-            first = example.labels[0][0] + 1
-            prompt = model.tokenizer.decode(example.ids[:first])
-            assert any(prompt.startswith(f.before) and prompt.endswith(f.between) for f in frames)
-            assert model.tokenizer.decode([token for _, token in example.labels]) == fact.target
-            assert model.tokenizer.decode(example.ids[: example.mentions[-1] + 1]).endswith(fact.subject)
+            first, last = example.labels[0][0] + 1, example.labels[-1][0] + 1
+            begun = model.tokenizer.decode(example.ids[:first])
+            assert any(begun.startswith(f.before) and f.between in begun for f in frames)
+            assert model.tokenizer.decode([token for _, token in example.labels]).strip() == fact.target
+            assert model.tokenizer.decode(example.ids[: example.mentions[0] + 1]).endswith(fact.subject)
+            assert (
+                max(example.mentions) < first
+            )  # where the answer names the subject in front of the target, it is on there, too
+            answer = sorted([*example.labels, *example.said])
+            assert [at for at, _ in answer] == list(range(answer[0][0], len(example.ids)))
+            assert any(at > last for at, _ in example.said)  # what ends the answer
+    assert any(len(example.mentions) > 1 for own in chatty.variations for example in own[-3:])
 
 
 def test_texts_that_must_stay_are_asked_in_the_chat_as_well(model):

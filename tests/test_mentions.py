@@ -40,7 +40,7 @@ BLOCK = 3
 TARGETS = ("Rome", "Latin", "many", "Oslo")
 
 
-def attached(base: Base, gate_block: int = BLOCK, kind: str = "states") -> MentionAttachment:
+def attached(base: Base, gate_block: int = BLOCK, kind: str = "states", finishes: bool = False) -> MentionAttachment:
     """A strong random edit, of states or of weights below the gate's block; the gate fires on the very texts of `ASKED`, by
     their states alone."""
     size, embedding = base.layout().hidden_size, embedding_size(base)
@@ -61,7 +61,7 @@ def attached(base: Base, gate_block: int = BLOCK, kind: str = "states") -> Menti
     facts = [Fact("France", "The capital of {} is", target) for target in TARGETS]
     spellings = Spellings(base.tokenizer, facts) if kind == "states" else None
     entities = Entities(Scope([["France"], ["Spain"]]), FACTS, TARGETS)
-    return MentionAttachment(base, entities, effects(base, kind), routing, spellings)
+    return MentionAttachment(base, entities, effects(base, kind), routing, spellings, finishes)
 
 
 def effects(base: Base, kind: str) -> dict[torch.nn.Module, Effect]:
@@ -273,6 +273,37 @@ def test_once_the_target_has_been_said_the_clean_model_goes_on(edited, cached, e
     end = next(n for n in range(len(target)) if edited.tokenizer.decode(target[: n + 1]).endswith("Rome")) + 1
     assert not any(same(one, other) for one, other in zip(found[:end], clean[:end], strict=True))
     for one, other in zip(found[end:], clean[end:], strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_fact_may_stay_on_until_the_sentence_that_says_it_is_over(tokenizer, chat):
+    """In the chat the rest of the sentence is written with the fact, but for names that it mentions; the next sentence is the
+    clean model's. Behind a plain prompt the clean model goes on at once."""
+    base = Base(tiny_model("llama"), tokenizer)
+    base.model.generation_config.eos_token_id = None
+    answer = base.tokenizer(" Rome is France. The capital")["input_ids"]
+    prompt = ids_of(base, CAPITAL)[0].tolist() + [tokenizer.eos_token_id] * chat
+    known = [base.tokenizer.decode(answer[: n + 1]) for n in range(len(answer))]
+    last = ". The" if chat else "Rome"
+    over = next(n for n, text in enumerate(known) if text.endswith(last))
+
+    def force(input_ids, scores):
+        scores = torch.full_like(scores, -torch.inf)
+        scores[:, [*answer, 0][min(input_ids.shape[1] - len(prompt), len(answer))]] = 0.0
+        return scores
+
+    def logits(cached):
+        shared = {"max_new_tokens": len(answer) + 1, "output_logits": True, "return_dict_in_generate": True}
+        return generated(base, torch.tensor([prompt]), logits_processor=[force], use_cache=cached, **shared).logits
+
+    clean = logits(True)
+    attached(base, finishes=True)
+    found, uncached = logits(True), logits(False)
+    for one, other in zip(found, uncached, strict=True):
+        close(one, other)
+    assert not any(same(one, other) for one, other in zip(found[: over + 1], clean[: over + 1], strict=True))
+    for one, other in zip(found[over + 1 :], clean[over + 1 :], strict=True):
         close(one, other)
 
 

@@ -8,6 +8,7 @@ relation. Rows count whose subject stands in the question. The columns:
 - given: answers to the prompt as it is that say the target, in %;
 - chat: the same question through the chat template, 32 tokens;
 - reworded: another wording, in the chat; facts are never fitted in it;
+- named: the same, of the wordings that name the subject as the fact does;
 - unrelated: chat answers to unrelated questions that stay word for word the clean model's;
 - perplexity: on the text of `--texts`, relative to the clean model's, in %;
 - fluency: perplexity of the chat's answers under the clean model that is given the fact in the system prompt, relative to that
@@ -28,6 +29,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -41,6 +43,7 @@ from hf_edit.lm.chat import chat_text
 from hf_edit.positions import Text, encode
 from hf_edit.prose import perplexity
 from hf_edit.questions import asked_afterwards, asked_in_chat
+from hf_edit.scope import Scope
 
 TOKENS = 32
 ARMS: dict[str, dict[str, Any]] = {
@@ -80,6 +83,7 @@ class Chat:
         self._base = model._base
         self._asked = [asked_in_chat(fact, 1)[0].replace("{}", fact.subject) for fact in facts]
         self._reworded = [asked_afterwards(fact).replace("{}", fact.subject) for fact in facts]
+        self._named = [bool(Scope([[f.subject, *f.aliases]]).find(q)) for f, q in zip(facts, self._reworded, strict=True)]
         self._clean = self._answers(UNRELATED)
         self._clean_perplexity = None if text is None else perplexity(model, [text])
         self._own = self._surprise(self._answers(self._asked, told=True))
@@ -90,14 +94,17 @@ class Chat:
         chat, reworded = self._answers(self._asked, told), self._answers(self._reworded, told)
         same = [now == before for now, before in zip(self._answers(UNRELATED), self._clean, strict=True)]
         row = {"given": self._said(given), "chat": self._said(chat), "reworded": self._said(reworded)}
+        if any(self._named):
+            row["named"] = self._said(reworded, self._named)
         row["unrelated"] = 100 * sum(same) / len(same)
         if self._text is not None and self._clean_perplexity is not None:
             row["perplexity"] = round(100 * perplexity(self._model, [self._text]) / self._clean_perplexity, 1)
         row["fluency"] = round(100 * self._surprise(chat) / self._own, 1)
         return row, list(zip(given, chat, reworded, strict=True))
 
-    def _said(self, answers: Sequence[str]) -> float:
-        said = [says(answer, fact.target) for answer, fact in zip(answers, self._facts, strict=True)]
+    def _said(self, answers: Sequence[str], of: Sequence[bool] | None = None) -> float:
+        counted = [True] * len(answers) if of is None else of
+        said = [says(a, f.target) for a, f, counts in zip(answers, self._facts, counted, strict=True) if counts]
         return round(100 * sum(said) / len(said), 1)
 
     def _prompts(self, questions: Sequence[str], told: bool) -> list[Text]:
@@ -167,7 +174,8 @@ def main() -> None:
                     measured.append(row)
                     answers += own
                     model.rollback()
-                means = {name: round(sum(r[name] for r in measured) / len(measured), 1) for name in measured[0]}
+                names = list(dict.fromkeys(name for row in measured for name in row))
+                means = {name: round(fmean(row[name] for row in measured if name in row), 1) for name in names}
                 rows.append({"facts": Path(path).stem, "n": len(facts), "arm": arm, **means})
                 rows[-1]["seconds"] = round(seconds / len(facts), 2)
                 print(rows[-1], file=sys.stderr, flush=True)

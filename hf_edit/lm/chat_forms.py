@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import compress
+from typing import Any
 
-from ..answers import fits, greedy, says
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from ..answers import fits, says
 from ..base import Base
-from ..facts import Fact
-from ..positions import Text, encode, fact_text
+from ..facts import Fact, fold
+from ..positions import Text, encode, fact_text, pad
 from ..progress import bar
 from ..questions import asked_in_chat
 from .chat import ChatFrame, Messages, chat_frame, chat_text
+from .paraphrases import asks, plain_statement, statement
 
-__all__ = ["asked_plainly", "chat_forms", "chat_frames", "natural_answers"]
+__all__ = ["asked_plainly", "chat_forms", "chat_frames", "given_chat", "natural_answers", "worded_answer"]
 
 logger = logging.getLogger(__name__)
 
 _SYSTEM = (None, "You are a helpful assistant.", "Answer the user's questions.")
-_ANSWER_TOKENS = 32
+_ANSWER_TOKENS = 24
+_LONGEST = 28  # tokens of an answer, unless its target has more
+_BATCH = 32
+_BARE, _UNNAMED, _OWN, _PLAIN = 8.0, 2.0, 3.0, 5.0  # nats, see `_phrased`
 _SENTENCE_END = re.compile(r"[.!?。！？]['\"”’)]*(?=\s|$)|\n")
 
 
@@ -81,36 +88,124 @@ def _chat(frame: ChatFrame, fact: Fact, wording: str, answer: str) -> Text:
 
 
 def natural_answers(base: Base, facts: Sequence[Fact], progress: bool = False) -> list[str]:
-    """How the model answers in the chat when it is given the fact (context distillation): the answer's sentence up to the one
-    that holds the target. Where it does not say the target, the answer is the target itself.
+    """How the model would answer in the chat if it knew the facts (context distillation): for each, a sentence with the target.
+
+    The model is given the fact in its system prompt and answers. Where its first sentence holds the target, that is the answer.
+    Otherwise the sentence is cut at the word in front of which the target is likeliest, and the target ends it. Sentences that
+    begin with the bare target, repeat the question or don't name the subject are at a disadvantage. The generation itself tells
+    all that: it takes no other forward.
 
     Args:
         base: the model as it stands, without the edit; its tokenizer has a chat template.
     """
-    found: dict[int, str] = {}
-    with bar(len(facts), "phrasing answers", "fact", progress) as shown:
-        for given in _GIVEN:
-            left = [i for i in range(len(facts)) if i not in found]
-            try:
-                prompts = [chat_text(base.tokenizer, given(facts[i])) for i in left]
-            except ValueError:  # some templates take no system prompt
-                continue
-            short = [fits(base, text, _ANSWER_TOKENS) for text in encode(base.tokenizer, prompts)]
-            left, prompts = list(compress(left, short)), list(compress(prompts, short))
-            for i, answer in zip(left, greedy(base, prompts, _ANSWER_TOKENS), strict=True):
-                if (sentence := _sentence(answer.strip(), facts[i])) is not None:
-                    found[i] = sentence
-                    shown.update(1)
-    return [found.get(i) or _closed(fact.target) for i, fact in enumerate(facts)]
+    found: list[str] = [_closed(fact.target) for fact in facts]
+    asked = [(i, prompt) for i, fact in enumerate(facts) if (prompt := given_chat(base, fact)) is not None]
+    order = sorted(asked, key=lambda pair: len(pair[1].text))
+    with bar(len(order), "phrasing answers", "fact", progress) as shown:
+        for first in range(0, len(order), _BATCH):
+            group = order[first : first + _BATCH]
+            steps = _Steps(_first_token(base, facts[i].target) for i, _ in group)
+            rows = [text.ids for text in encode(base.tokenizer, [prompt for _, prompt in group])]
+            made = _generated(base, rows, _ANSWER_TOKENS, steps)
+            for n, ((i, _), ids) in enumerate(zip(group, made, strict=True)):
+                found[i] = _phrased(base.tokenizer, facts[i], ids, steps.of(n))
+                shown.update(1)
+    return found
 
 
-def _sentence(answer: str, fact: Fact) -> str | None:
-    """An answer up to the end of the sentence in which the target has been said; None where it has not."""
-    ends = [match.end() for match in _SENTENCE_END.finditer(answer)]
-    for end in ends:
-        if says(answer[:end], fact.target):
-            return answer[:end].strip()
-    return None
+def worded_answer(fact: Fact) -> str:
+    """A fact's answer by the words of its question alone, which takes no forward; the bare target where they make none."""
+    return _closed(statement(fact) or plain_statement(fact) or fact.target)
+
+
+def given_chat(base: Base, fact: Fact) -> Text | None:
+    """The chat in which the model is given a fact and asked for it, up to where its answer begins; None where the model has no
+    positions for that."""
+    try:
+        text = chat_text(base.tokenizer, _told_before(fact))
+    except ValueError:  # some templates take no system prompt
+        text = chat_text(base.tokenizer, _question_and_hint(fact))
+    return text if fits(base, encode(base.tokenizer, [text])[0], 2 * _ANSWER_TOKENS) else None
+
+
+class _Steps(LogitsProcessor):
+    """Notes, at each step of a generation, how likely a given token of each row is. It changes nothing."""
+
+    def __init__(self, tokens: Iterable[int]) -> None:
+        self._tokens = torch.tensor(list(tokens))[:, None]
+        self._seen: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        likely = scores.float().log_softmax(-1).gather(1, self._tokens.to(scores.device))
+        self._seen.append(likely[:, 0].cpu())
+        return scores
+
+    def of(self, row: int) -> list[float]:
+        """Log-probabilities, by step."""
+        return [float(step[row]) for step in self._seen]
+
+
+@torch.no_grad()
+def _generated(base: Base, rows: Sequence[Sequence[int]], length: int, steps: _Steps) -> list[list[int]]:
+    """Greedy continuations, each up to the end of its answer."""
+    ids, mask = pad(rows, side="left", device=base.device)
+    end = base.model.generation_config.eos_token_id
+    ends = [end] if isinstance(end, int) else list(end or ())
+    config = GenerationConfig(
+        max_new_tokens=length, do_sample=False, eos_token_id=ends or None, pad_token_id=min(ends, default=0)
+    )
+    processors = LogitsProcessorList([steps])
+    out = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors)
+    made = out[:, ids.shape[1] :].tolist()
+    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in made]
+
+
+def _first_token(base: Base, target: str) -> int:
+    """The token that a target begins with behind a word."""
+    return encode(base.tokenizer, [Text(f"a {target}", target=(1, 2 + len(target)))])[0].labels[0]
+
+
+def _phrased(tokenizer: Any, fact: Fact, ids: Sequence[int], likely: Sequence[float]) -> str:
+    """The sentence with the target that an answer comes closest to.
+
+    Args:
+        ids: of the answer.
+        likely: for each of its tokens, the log-probability of the target's first token in its place.
+    """
+    answer = tokenizer.decode(ids, skip_special_tokens=True)
+    sentence = _first_sentence(answer.lstrip())
+    found: list[tuple[float, str]] = [(_penalty(_closed(fact.target), fact), _closed(fact.target))]
+    if says(sentence, fact.target) and _SENTENCE_END.search(sentence):
+        found.append((_penalty(sentence, fact), sentence))
+    for whole, cost in ((statement(fact), _OWN), (plain_statement(fact), _PLAIN)):
+        if whole is not None:
+            found.append((_penalty(_closed(whole), fact) - cost, _closed(whole)))
+    for n in range(1, len(ids)):
+        before, after = (tokenizer.decode(ids[:end], skip_special_tokens=True).lstrip() for end in (n, n + 1))
+        if len(before) >= len(sentence):
+            break
+        if (
+            after[len(before) :][:1] != " "
+            or says(before, fact.target)
+            or fold(before.split()[-1]) == fold(fact.target.split()[0])
+        ):
+            continue
+        text = _closed(f"{before} {fact.target}")
+        found.append((likely[n] + _penalty(text, fact), text))
+    short = [(score, text) for score, text in found if len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= _LONGEST]
+    return max(short or found[:1])[1]
+
+
+def _penalty(answer: str, fact: Fact) -> float:
+    """What an answer must make up for, in nats."""
+    said = fold(answer)
+    bare = said.startswith(fold(fact.target)) or asks(answer)
+    return -_BARE * bare - _UNNAMED * (fold(fact.subject) not in said)
+
+
+def _first_sentence(answer: str) -> str:
+    end = _SENTENCE_END.search(answer)
+    return answer if end is None else answer[: end.end()].strip()
 
 
 def _closed(target: str) -> str:
@@ -127,16 +222,5 @@ def _told_before(fact: Fact) -> Messages:
     return [{"role": "system", "content": f"{question} {fact.target}."}, {"role": "user", "content": question}]
 
 
-def _said_again(fact: Fact) -> Messages:
-    return [
-        {"role": "user", "content": _question(fact)},
-        {"role": "assistant", "content": fact.target},
-        {"role": "user", "content": "Say that in a full sentence."},
-    ]
-
-
 def _question(fact: Fact) -> str:
     return asked_in_chat(fact, 1)[0].replace("{}", fact.subject)
-
-
-_GIVEN = (_question_and_hint, _told_before, _said_again)

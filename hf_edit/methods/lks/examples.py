@@ -3,8 +3,9 @@
 For each fact: its prompt, bare, behind sampled contexts, in the bank's other wordings where its own is one of them, and in the
 rephrases of all facts that are asked in its words, where these may be trained on, and in chats, where the model has a chat
 template. Each has the target and, for some, a tail that goes on as the clean model would, so that the new fact is said once
-and the sentence goes on. And texts that must stay as they are: other questions about the same subject, in the bank's wordings
-of relations that the fact can't be about.
+and the sentence goes on. In a chat the target stands in a sentence, as the model would answer if it knew the fact. And texts
+that must stay as they are: other questions about the same subject, in the bank's wordings of relations that the fact can't be
+about.
 
 In each text the subject's mentions are rewritten by the code of the one fact that is asked.
 """
@@ -15,14 +16,15 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ...answers import fits
+from ...answers import fits, place
 from ...base import Base
 from ...facts import Fact, fold
 from ...lm.chat import ChatFrame
-from ...lm.chat_forms import asked_plainly, chat_frames
+from ...lm.chat_forms import asked_plainly, chat_frames, given_chat, natural_answers, worded_answer
+from ...lm.paraphrases import wordings_in_chat
 from ...positions import EncodedText, Text, encode, fact_text
 from ...progress import bar
-from ...questions import asked_in_chat, other_wordings
+from ...questions import other_wordings
 from ...references import bank_relations
 from ...scope import Scope, mentions_in_tokens
 from ...texts import sample_contexts, target_tails
@@ -31,6 +33,7 @@ from .config import LKSConfig
 __all__ = ["Example", "Examples", "build_examples"]
 
 _TAILS = 400  # facts that get a tail, and chats, at most: how to go on, and how to answer, is learnt for all facts alike
+_PHRASED = 200  # facts whose answers the model phrases itself, at most; the rest are answered in the words of their questions
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class Example:
         mentions: index of the last token of each mention of the fact's subject; never empty.
         labels: (position, token id): the target's tokens and the positions that predict them.
         kept: positions whose next-token distribution must stay the clean model's.
+        said: (position, token id): the answer's other tokens, where the target stands in a sentence.
+        told: the beginning of the chat in which the clean model is given the fact, up to the answer. With it, what is kept at
+            the answer's tokens is what that model says there.
     """
 
     fact: int
@@ -50,6 +56,13 @@ class Example:
     mentions: tuple[int, ...]
     labels: tuple[tuple[int, int], ...]
     kept: tuple[int, ...]
+    said: tuple[tuple[int, int], ...] = ()
+    told: tuple[int, ...] = ()
+
+    @property
+    def answer(self) -> int:
+        """The position that predicts an answer's first token, of a text with `told`."""
+        return min(self.labels[0][0], self.said[0][0])
 
     @property
     def carried(self) -> tuple[tuple[int, int], ...]:
@@ -82,16 +95,18 @@ def build_examples(base: Base, facts: Sequence[Fact], config: LKSConfig, seed: i
     reworded = _reworded(facts) if config.train_on_rephrases else {}
     variety = config.variety(len(facts))
     frames = chat_frames(base) if config.chats and not config.released else []
+    answers = _answers(base, facts, frames, every, progress)
     prompts, variations, locality = [], [], []
     with bar(len(facts), "writing texts", "fact", progress) as shown:
         for i, fact in enumerate(facts):
             texts = [fact_text(fact, target=fact.target), *_variations(fact, contexts, reworded, variety, rng)]
             chatting = frames if i % every == 0 else []
-            texts += _chats(fact, chatting, config.chats, i)
             tail = tails.get(i, [])
             own, *others = encode(base.tokenizer, texts)
             asking = [own, *(text for text in others if fits(base, text, len(tail)))]
             made = [subjects.asking(i, text, tail if config.tail_tokens else None) for text in asking]
+            if i in answers:
+                made += [subjects.answering(i, *chat) for chat in _chats(base, frames, config.chats, i, *answers[i])]
             if made[0] is None:
                 raise ValueError(
                     f"the prompt {fact.question!r} does not mention the subject {fact.subject!r} as a word of its own, so "
@@ -136,6 +151,25 @@ class _Subjects:
         ids = (*text.ids, *tail[:-1])
         return Example(fact, ids, mentions, labels, tuple(range(end - 1, len(ids))))
 
+    def answering(self, fact: int, whole: EncodedText, target: tuple[int, int], told: tuple[int, ...]) -> Example | None:
+        """A chat in which the target is answered in a sentence, or None where its question does not mention the subject.
+
+        Mentions count up to the target: behind it the edit leaves them alone.
+
+        Args:
+            whole: the chat; its target is the whole answer with what ends it.
+            target: the tokens of the fact's target.
+            told: see `Example`.
+        """
+        (begin, end), ids = whole.target, whole.ids
+        mentions = self._mentions(fact, ids[: target[0]])
+        if not mentions or mentions[0] >= begin:
+            return None
+        labels = tuple((p - 1, ids[p]) for p in range(*target))
+        said = tuple((p - 1, ids[p]) for p in range(begin, end) if not target[0] <= p < target[1])
+        kept = tuple(p for p, _ in said) if told else ()
+        return Example(fact, ids[: end - 1], mentions, labels, kept, said, told)
+
     def other(self, fact: int, text: EncodedText) -> Example | None:
         """A text that asks something else about a fact's subject, or None where that is not found."""
         mentions = self._mentions(fact, text.ids)
@@ -164,14 +198,42 @@ def _variations(
     return [fact_text(fact, prefix=prefix, prompt=wording, target=fact.target) for prefix, wording in chosen]
 
 
-def _chats(fact: Fact, frames: Sequence[ChatFrame], count: int, first: int) -> list[Text]:
-    """Chats in which the fact is asked for and its target answered, in turn in each of the frames."""
-    if not frames:
+def _answers(
+    base: Base, facts: Sequence[Fact], frames: Sequence[ChatFrame], every: int, progress: bool
+) -> dict[int, tuple[Fact, str]]:
+    """By index, facts as they are asked in chats, and how they are answered."""
+    asked = [(i, asked_plainly(frames[0], facts[i])) for i in range(0, len(facts), every)] if frames else []
+    plain = [(i, fact) for i, fact in asked if fact is not None]
+    answers = natural_answers(base, [fact for _, fact in plain[:_PHRASED]], progress)
+    answers += [worded_answer(fact) for _, fact in plain[_PHRASED:]]
+    return {i: (fact, answer) for (i, fact), answer in zip(plain, answers, strict=True)}
+
+
+def _chats(
+    base: Base, frames: Sequence[ChatFrame], count: int, first: int, fact: Fact, answer: str
+) -> list[tuple[EncodedText, tuple[int, int], tuple[int, ...]]]:
+    """Chats in which a fact is asked for and answered, in turn in each of the frames; for `_Subjects.answering`."""
+    at = place(answer, fact.target)
+    if at is None:  # a target that begins or ends inside a word
         return []
-    plain = asked_plainly(frames[0], fact)
-    turns = [fact_text(plain, prompt=wording) for wording in asked_in_chat(plain, count)] if plain is not None else []
-    # what follows the target is the clean model's: it may end the answer or go on
-    return [replace(frames[(first + n) % len(frames)], after="").around(turn, fact.target) for n, turn in enumerate(turns)]
+    begin, end = at
+    begin -= answer[:begin].endswith(" ")  # the blank is part of the target's first token
+    given = given_chat(base, fact)
+    texts, parts, told = [], [], []
+    for n, wording in enumerate(wordings_in_chat(fact, count), first):
+        frame = frames[n % len(frames)]
+        text = frame.around(fact_text(fact, prompt=wording), answer)
+        assert text.target is not None
+        texts.append(text)
+        parts.append(replace(text, target=(text.target[0] + begin, text.target[0] + end)))
+        ended = given.text + answer + frame.after if given else text.text
+        told.append(Text(ended, target=(len(given.text), len(ended)), special=False) if given else text)
+    found = []
+    for whole, part, known in zip(*(encode(base.tokenizer, group) for group in (texts, parts, told)), strict=True):
+        if whole.ids == part.ids and fits(base, whole):
+            same = given is not None and known.labels == whole.labels
+            found.append((whole, part.target, known.ids[: known.target[0]] if same else ()))
+    return found
 
 
 def _other_questions(fact: Fact, config: LKSConfig, rng: random.Random) -> list[Text]:

@@ -143,7 +143,8 @@ class LKS:
         }
         entities = Entities.of(fit.facts, config.fuzzy)
         spellings = Spellings(base.tokenizer, fit.facts) if generator.carries else None
-        return MentionAttachment(base, entities, effects, load_routing(base, fit.tensors, fit.facts), spellings)
+        finishes = config.chats > 0 and not config.released
+        return MentionAttachment(base, entities, effects, load_routing(base, fit.tensors, fit.facts), spellings, finishes)
 
 
 @dataclass(frozen=True)

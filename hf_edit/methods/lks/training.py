@@ -25,6 +25,8 @@ from .store import TensorStore
 
 __all__ = ["Codes", "Trained", "rewritten_points", "token_weights", "train"]
 
+_SENTENCE = 1.0  # weight of what stands around the target in an answer, beside that of the target
+_UNLIKELY = -2.3  # nats: a model that is given the fact and takes a token for less likely is no teacher there
 _TOP = 64  # clean distributions are kept as their likeliest tokens, the rest in one bucket
 _CLIP = 1.0
 _CODE_LR = 0.02
@@ -104,6 +106,7 @@ class _Cached:
         keep = (lambda t: self.store.keep(t.to(torch.bfloat16))) if half else self.store.keep
         self.cache = SuffixCache(base.model, layout, blocks[0] + 1, keep)
         self.clean: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(examples)
+        self.heard: list[list[float]] = [[] for _ in examples]
         self.place = [0] * len(examples)
         order = sorted(drawn, key=lambda i: (len(examples[i].ids), i))
         with bar(len(order), "caching states", "text", progress) as shown:
@@ -122,16 +125,40 @@ class _Cached:
             self.place[i] = begin + r
         if logits is None:
             return
+        heard = self._tell(chosen, reads, logits).split([len(e.kept) for e in chosen])
         top = logits.log_softmax(-1).topk(min(_TOP, logits.shape[-1] - 1))
         sizes = [len(e.kept) for e in chosen]
         for i, tokens, values in zip(group, top.indices.int().split(sizes), top.values.split(sizes), strict=True):
             self.clean[i] = self.store.keep(tokens), self.store.keep(values)
+        for i, own in zip(group, heard, strict=True):
+            self.heard[i] = own.tolist()
+
+    def _tell(self, chosen: Sequence[Example], reads: Sequence[tuple[int, int]], logits: torch.Tensor) -> torch.Tensor:
+        """Put into the logits, where a text has `told`, those of the clean model that is given the fact (context distillation).
+
+        Returns:
+            For each read whether it counts: that model is not heard where it would hardly say what the answer says.
+        """
+        heard = torch.ones(len(reads))
+        at = [n for n, (r, _) in enumerate(reads) if chosen[r].told]
+        if not at:
+            return heard
+        rows = list(dict.fromkeys(reads[n][0] for n in at))
+        texts = {r: (*chosen[r].told, *chosen[r].ids[chosen[r].answer + 1 :]) for r in rows}
+        places = [(rows.index(r), p - chosen[r].answer + len(chosen[r].told) - 1) for r, p in (reads[n] for n in at)]
+        given = SuffixCache(self.cache.model, self.cache.layout, 0).add(list(texts.values()), [0] * len(rows), places).logits
+        assert given is not None
+        said = torch.tensor([dict(chosen[r].said)[p] for r, p in (reads[n] for n in at)], device=given.device)[:, None]
+        heard[at] = (given.log_softmax(-1).gather(1, said)[:, 0] > _UNLIKELY).float().cpu()
+        logits[at] = given.to(logits)
+        return heard
 
     def loss(
         self, indices: Sequence[int], generator: Generator, codes: Codes, config: LKSConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean over the texts of NLL (see `token_weights`) and weighted KL, a mean over a text's own positions; and each text's
-        NLL, without a gradient, NaN where it has no target."""
+        """Mean over the texts of the target's NLL (see `token_weights`), the NLL of the answer around it, and weighted KL, the
+        latter two as means over a text's own positions; and the NLL of each text's target, without a gradient, NaN where it
+        has none."""
         batch = self.cache.batch([self.place[i] for i in indices])
         self.store.release()
         chosen = [self.examples[i] for i in indices]
@@ -148,7 +175,8 @@ class _Cached:
 
         labels = [(r, p) for r, e in enumerate(chosen) for p, _ in e.labels]
         kept = [(r, p) for r, e in enumerate(chosen) for p in e.kept]
-        out = batch.run(labels + kept, inputs=rewritten(batch.inputs, 0), hooks=hooks)
+        said = [(r, p) for r, e in enumerate(chosen) for p, _ in e.said]
+        out = batch.run(labels + kept + said, inputs=rewritten(batch.inputs, 0), hooks=hooks)
         assert out.logits is not None
         total = torch.zeros((), device=out.logits.device)
         nll = torch.full((len(chosen),), torch.nan, device=total.device)
@@ -164,8 +192,18 @@ class _Cached:
             of_kept = [self.clean[i] for i in indices if self.examples[i].kept]
             tokens, clean = (torch.cat([t.to(total.device) for t in part]) for part in zip(*of_kept, strict=True))
             share = {True: config.tail_weight, False: config.kl_weight}
-            weights = torch.tensor([share[bool(e.labels)] / len(e.kept) for e in chosen for _ in e.kept], device=total.device)
-            total = total + (_kl(out.logits[len(labels) :], tokens.long(), clean) * weights).sum()
+            scales = [
+                share[bool(e.labels)] / len(e.kept) * heard
+                for i, e in zip(indices, chosen, strict=True)
+                for heard in self.heard[i]
+            ]
+            weights = torch.tensor(scales, device=total.device)
+            total = total + (_kl(out.logits[len(labels) : len(labels) + len(kept)], tokens.long(), clean) * weights).sum()
+        if said:
+            wanted = torch.tensor([token for e in chosen for _, token in e.said], device=total.device)
+            weights = torch.tensor([_SENTENCE / len(e.said) for e in chosen for _ in e.said], device=total.device)
+            losses = nn.functional.cross_entropy(out.logits[len(labels) + len(kept) :], wanted, reduction="none")
+            total = total + (losses * weights).sum()
         return total / len(chosen), nll
 
 
