@@ -7,14 +7,16 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import FACTS, QUICK_LKS, QUICK_STEAM, tiny_model
 from tokenizers import processors
 
 from hf_edit import EditableModelForCausalLM, Fact, LKSConfig
 from hf_edit.lm import chat_forms as chat_forms_module
 from hf_edit.lm.chat import chat_frame, chat_text
-from hf_edit.lm.chat_forms import asked_plainly, chat_forms, chat_frames
+from hf_edit.lm.chat_forms import asked_plainly, chat_forms, chat_frames, given_chat, natural_answers, worded_answer
 from hf_edit.lm.paraphrases import paraphrases, statement, wordings_in_chat
+from hf_edit.methods.lks import training
 from hf_edit.methods.lks.examples import build_examples
 from hf_edit.positions import Text, encode, fact_text
 from hf_edit.questions import asked_afterwards, asked_in_chat, is_question, other_wordings
@@ -240,6 +242,14 @@ def test_the_target_is_put_into_the_answer_that_the_model_gives(answer, likely, 
     assert chat_forms_module._phrased(_Words(), fact, ids, at) == phrased
 
 
+def test_an_answer_holds_the_target_whatever_the_model_says(model):
+    facts = [*FACTS, Fact("Ann", "How tall is {}?", "2 m"), Fact("Ann", "{}はどこにいますか？", "Oslo")]
+    for fact, answer in zip(facts, natural_answers(model._base, facts), strict=True):
+        assert fact.target in answer
+    assert worded_answer(FACTS[0]) == "The capital of France is Tokyo."
+    assert [worded_answer(fact) for fact in facts[-2:]] == ["The answer is 2 m.", "Oslo."]
+
+
 def test_a_prompt_that_the_template_made_is_known_for_a_chat(chatty):
     frame = chat_frame(chatty)
     rendered = Fact("France", _rendered(chatty, "What is the capital of {}?"), "Tokyo")
@@ -354,6 +364,32 @@ def test_lks_is_trained_on_answers_in_the_chat(model):
             assert [at for at, _ in answer] == list(range(answer[0][0], len(example.ids)))
             assert any(at > last for at, _ in example.said)  # what ends the answer
     assert any(len(example.mentions) > 1 for own in chatty.variations for example in own[-3:])
+
+
+def test_around_a_target_the_model_that_is_given_the_fact_is_the_teacher(model):
+    config = LKSConfig(**QUICK_LKS)
+    with frozen(model.base_model):
+        example = build_examples(model._base, FACTS, config, 0).variations[0][-1]
+        cached = training._Cached(model._base, (3,), [example], [0], config, False)
+    given = given_chat(model._base, FACTS[0].replace(prompt=asked_in_chat(FACTS[0], 1)[0]))
+    told = chat_text(
+        model.tokenizer,
+        [
+            {"role": "system", "content": f"{asked_in_chat(FACTS[0], 1)[0].replace('{}', 'France')} Tokyo."},
+            {"role": "user", "content": asked_in_chat(FACTS[0], 1)[0].replace("{}", "France")},
+        ],
+    )
+    assert given == told
+    answer = example.ids[example.answer + 1 :]
+    before = encode(model.tokenizer, [told])[0].ids
+    assert example.told == before
+    with torch.no_grad():
+        logits = model.base_model(input_ids=torch.tensor([[*before, *answer]])).logits[0].log_softmax(-1)
+    for n, (position, token) in enumerate(example.said):
+        at = logits[len(before) + position - example.answer - 1]
+        tokens, values = (kept[n] for kept in cached.clean[0])
+        torch.testing.assert_close(values, at[tokens.long()], atol=1e-4, rtol=1e-4)
+        assert cached.heard[0][n] == float(at[token] > training._UNLIKELY)
 
 
 def test_texts_that_must_stay_are_asked_in_the_chat_as_well(model):

@@ -80,7 +80,7 @@ def wordings_in_chat(fact: Fact, count: int) -> tuple[str, ...]:
 
 def asks(text: str) -> bool:
     """Whether a text is a question by its mark or its first word."""
-    return "?" in text or bool(_OPENING.match(text.lstrip()))
+    return "?" in text or is_question(text) or bool(_OPENING.match(text.lstrip()))
 
 
 def plain_statement(fact: Fact) -> str | None:

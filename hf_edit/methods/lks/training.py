@@ -25,7 +25,7 @@ from .store import TensorStore
 
 __all__ = ["Codes", "Trained", "rewritten_points", "token_weights", "train"]
 
-_SENTENCE = 1.0  # weight of what stands around the target in an answer, beside that of the target
+_SENTENCE = 0.15  # weight of each token around the target in an answer; that of the whole target is 1
 _UNLIKELY = -2.3  # nats: a model that is given the fact and takes a token for less likely is no teacher there
 _TOP = 64  # clean distributions are kept as their likeliest tokens, the rest in one bucket
 _CLIP = 1.0
@@ -156,9 +156,8 @@ class _Cached:
     def loss(
         self, indices: Sequence[int], generator: Generator, codes: Codes, config: LKSConfig
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean over the texts of the target's NLL (see `token_weights`), the NLL of the answer around it, and weighted KL, the
-        latter two as means over a text's own positions; and the NLL of each text's target, without a gradient, NaN where it
-        has none."""
+        """Mean over the texts of the target's NLL (see `token_weights`), the weighted NLL of the answer around it, and weighted
+        KL, a mean over a text's own positions; and the NLL of each text's target, without a gradient, NaN where it has none."""
         batch = self.cache.batch([self.place[i] for i in indices])
         self.store.release()
         chosen = [self.examples[i] for i in indices]
@@ -201,9 +200,8 @@ class _Cached:
             total = total + (_kl(out.logits[len(labels) : len(labels) + len(kept)], tokens.long(), clean) * weights).sum()
         if said:
             wanted = torch.tensor([token for e in chosen for _, token in e.said], device=total.device)
-            weights = torch.tensor([_SENTENCE / len(e.said) for e in chosen for _ in e.said], device=total.device)
             losses = nn.functional.cross_entropy(out.logits[len(labels) + len(kept) :], wanted, reduction="none")
-            total = total + (losses * weights).sum()
+            total = total + _SENTENCE * losses.sum()
         return total / len(chosen), nll
 
 
