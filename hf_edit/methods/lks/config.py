@@ -73,7 +73,11 @@ class LKSConfig(EditConfig):
     )
     contexts: int = setting(3, "sampled prefixes that the fact must also hold behind")
     context_length: int = setting(10, "tokens of such a prefix")
-    chats: int = setting(3, "chats in which a fact is asked for and answered, where the model has a chat template")
+    chats: int = setting(
+        3,
+        "chats in which a fact is asked for, each in another wording, and answered in a sentence, where the model has a chat "
+        "template",
+    )
     locality_prompts: int = setting(2, "other questions about the subject, for each fact, whose answers are kept")
     locality_share: float = setting(0.25, "share of the facts for which a pass shows such a question")
     gate: bool = setting(
