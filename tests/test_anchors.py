@@ -5,10 +5,12 @@ import torch
 from conftest import FACTS, tiny_model
 
 from hf_edit import Fact, SteamConfig
+from hf_edit.answers import score_targets
 from hf_edit.base import Base
 from hf_edit.methods.steam import anchors as anchoring
 from hf_edit.methods.steam.alignment import Alignment, Contrast
 from hf_edit.methods.steam.anchors import Anchors, build_anchors, informative_blocks
+from hf_edit.positions import encode, fact_text
 from hf_edit.references import Reference
 from hf_edit.suffix import frozen
 from hf_edit.weights.prompts import GENERIC_PROMPTS, fact_texts, spared_prompts
@@ -85,7 +87,7 @@ def test_the_gradient_ratio_sets_each_facts_weight(base):
     generator = torch.Generator().manual_seed(0)
     target = {b: torch.randn(4, 48, generator=generator) for b in BLOCKS}
     found = Anchors(BLOCKS, {b: torch.zeros(4, 48) for b in BLOCKS}, target, target, target, (5, 5, 5, 5))
-    settings = ValueSettings(1, 12, None, 0.0625, 0.0, 0.5, None)
+    settings = ValueSettings(1, 12, 0.05, 0.0625, 0.0, 0.5, None)
     nearness = []
     with frozen(base.model):
         texts = fact_texts(base, FACTS, [], 0)
@@ -190,3 +192,34 @@ def test_settings_that_are_shared_name_no_path_of_this_machine(tmp_path):
     assert str(tmp_path) not in str(shared.to_dict())
     for public in (SteamConfig(), SteamConfig(references="datasets:me/facts", statistics="me/stats")):
         assert public.shareable() is public
+
+
+def test_a_fact_without_references_gets_an_in_context_anchor_where_the_model_recalls_what_it_is_given(base):
+    """Of the prompts that give the fact, those count after which the object is among the first ten; the anchor is the change
+    that they make to the state before the object."""
+    recalled = next(r for r in known(base) if r.prompts[0] == PROMPTS[0])
+    fact = Fact(recalled.subject, recalled.prompts[0], recalled.object)
+    never = Fact("Sweden", "The capital of {} is", "Tokyo")
+    settings = SteamConfig(references=[]).anchor_settings
+    assert build_anchors(base, [fact, never], (3,), settings).counts == (0, 0)
+    found = build_anchors(base, [fact, never], (3,), settings, given_blocks=(4, 5))
+    prompts = anchoring._prompts_that_give(base, fact)
+    scores = score_targets(base, encode(base.tokenizer, prompts), blocks=(4, 5))
+    near = [s for s in scores if s.rank < 10]
+    assert found.counts[0] == len(near)
+    assert found.in_context == {i for i, count in enumerate(found.counts) if count}
+    assert found.blocks == (3, 4, 5)
+    assert not found.states[3].any(), "only where in-context anchors are used"
+    if near:
+        bare = score_targets(base, encode(base.tokenizer, [fact_text(fact, target=fact.target)]), blocks=(4, 5))[0]
+        change = torch.stack([s.states[5] for s in near]).mean(0) - bare.states[5]
+        torch.testing.assert_close(found.states[5][0], change, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(found.origin[5][0], bare.states[5], atol=1e-4, rtol=1e-3)
+
+
+def test_the_alignment_is_the_mean_over_the_blocks_where_a_fact_has_an_anchor():
+    found = _anchors()
+    found.states[3][2] = 0
+    term = Alignment(found, [0, 2], 1.0)
+    opposite = {b: found.origin[b][[0, 2]] - found.states[b][[0, 2]] for b in BLOCKS}
+    torch.testing.assert_close(term.loss([0, 1], opposite), torch.tensor([2.0, 2.0]), atol=1e-5, rtol=0)

@@ -7,7 +7,8 @@ from conftest import trained
 from hf_edit import EditableModelForCausalLM, Fact
 
 SETTINGS = {
-    "clamp": 8.0,
+    "clamp": 2.0,
+    "lr": 0.05,
     "contexts": 0,
     "steps": 60,
     "statistics_tokens": 1024,

@@ -136,9 +136,9 @@ def _plain_losses(base, layout, fact, settings, scale):
     output, stream = (state.view(*ids.shape, -1)[0, rows[0].subject].norm() for state in states)
     norm = output if scale is None else stream / scale
     delta = torch.zeros(48, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=settings.lr)
+    momentum = torch.zeros(48)
     losses = []
-    for _ in range(settings.steps):
+    for number in range(settings.steps):
 
         def hook(_module, _args, output, delta=delta):
             at = (torch.arange(len(rows)), torch.tensor([t.subject for t in rows]))
@@ -159,10 +159,12 @@ def _plain_losses(base, layout, fact, settings, scale):
         loss = sum(nll) / len(nll) + settings.tail_factor * sum(tail) / max(1, len(tail))
         loss = loss + settings.kl_factor * sum(essence) / len(essence)
         losses.append(loss.detach())
-        adam.zero_grad()
-        (loss + settings.weight_decay * delta.norm() / (norm * stream)).backward()
-        adam.step()
+        (gradient,) = torch.autograd.grad(loss + settings.weight_decay * delta.norm() / (norm * stream), delta)
+        momentum = 0.8 * momentum + gradient
+        ahead = gradient + 0.8 * momentum
+        length = settings.lr * settings.clamp * norm * min(1.0, 2 * (1 - number / settings.steps))
         with torch.no_grad():
+            delta -= length * ahead / ahead.norm()
             delta *= min(1.0, float(settings.clamp * norm / delta.norm()))
     return torch.stack(losses), (delta.norm() / norm).detach()
 

@@ -423,7 +423,8 @@ def given_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    config = SteamConfig.from_dict(given_settings(options.set))
+    # the arms differ in references alone
+    config = SteamConfig.from_dict({"in_context": False, **given_settings(options.set)})
     records = read_records(options.records, None if options.anchored else options.rows)
     model = EditableModelForCausalLM.from_pretrained(options.model or smollm2(), dtype=torch.float32)
     for own in options.variants.values():

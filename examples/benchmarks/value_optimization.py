@@ -48,12 +48,10 @@ def plain(base: Base, fact: FactTexts, settings: ValueSettings) -> tuple[torch.T
     clean[0] = clean[0].log_softmax(-1)
     handle.remove()
     norm = seen[0][0, rows[0].subject].norm()
-    unit = float(0.1 * norm / seen[0].shape[-1] ** 0.5)
-    steps = torch.zeros(seen[0].shape[-1], requires_grad=True)
-    adam = torch.optim.Adam([steps], lr=1.0)
+    delta = torch.zeros(seen[0].shape[-1], requires_grad=True)
+    momentum = torch.zeros_like(delta)
     losses = []
-    for _ in range(settings.steps):
-        delta = steps * unit
+    for number in range(settings.steps):
         handle = module.register_forward_hook(
             lambda _, __, output, delta=delta: output.index_put(subjects, delta.expand(len(rows), -1), accumulate=True)
         )
@@ -71,12 +69,14 @@ def plain(base: Base, fact: FactTexts, settings: ValueSettings) -> tuple[torch.T
             else:
                 loss = loss + settings.kl_factor * kl[len(text.ids) - 1] / len(fact.kept)
         losses.append(loss.detach())
-        adam.zero_grad()
-        (loss + settings.weight_decay * delta.norm() / norm**2).backward()
-        adam.step()
+        (gradient,) = torch.autograd.grad(loss + settings.weight_decay * delta.norm() / norm**2, delta)
+        momentum = 0.8 * momentum + gradient
+        ahead = gradient + 0.8 * momentum
+        length = settings.lr * settings.clamp * norm * min(1.0, 2 * (1 - number / settings.steps))
         with torch.no_grad():
-            steps *= min(1.0, float(settings.clamp * norm / (steps.norm() * unit)))
-    return torch.stack(losses), (steps * unit).detach()
+            delta -= length * ahead / ahead.norm()
+            delta *= min(1.0, float(settings.clamp * norm / delta.norm()))
+    return torch.stack(losses), delta.detach()
 
 
 def main() -> None:
@@ -99,13 +99,13 @@ def main() -> None:
     base = Base(model, AutoTokenizer.from_pretrained(source))
     facts = read_facts(arguments.facts_file)[: arguments.facts]
     settings = ValueSettings(
-        block=base.layout().at_depth(0.265),
+        block=base.layout().recall_blocks()[-1],
         steps=arguments.steps,
-        lr=None,
+        lr=0.25,
         kl_factor=0.0625,
         tail_factor=0.25,
         weight_decay=0.5,
-        clamp=0.75,
+        clamp=1.0,
     )
     with frozen(model):
         texts = fact_texts(base, facts, sample_contexts(base, 5, 10, seed=0), arguments.tail_tokens)

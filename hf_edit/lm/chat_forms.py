@@ -18,7 +18,7 @@ from ..positions import Text, encode, fact_text, pad
 from ..progress import bar
 from ..questions import asked_in_chat
 from .chat import ChatFrame, Messages, chat_frame, chat_text
-from .paraphrases import asks, plain_statement, statement
+from .paraphrases import asks, plain_statement, statement, wordings_in_chat
 
 __all__ = ["asked_plainly", "chat_forms", "chat_frames", "given_chat", "natural_answers", "worded_answer"]
 
@@ -29,6 +29,7 @@ _ANSWER_TOKENS = 24
 _LONGEST = 28  # tokens of an answer, unless its target has more
 _BATCH = 32
 _BARE, _UNNAMED, _OWN, _PLAIN = 8.0, 2.0, 3.0, 5.0  # nats, see `_phrased`
+_ARTICLES = ("a", "an", "the")  # a sentence of one of these and a target says no more than the target
 _SENTENCE_END = re.compile(r"[.!?。！？]['\"”’)]*(?=\s|$)|\n")
 
 
@@ -60,7 +61,7 @@ def chat_forms(
             found.append((replace(told, special=not told.text.startswith(frames[0].bos)),) * count)
             continue
         answer = next(answers)
-        wordings = enumerate(asked_in_chat(own, count))
+        wordings = enumerate(wordings_in_chat(own, count))
         found.append(tuple(_chat(frames[i % len(frames)], own, wording, answer) for i, wording in wordings))
     if not all(fits(base, text) for own in found for text in encode(base.tokenizer, own)):
         logger.warning("the chats of some facts are longer than the model has positions: no fact is fitted in chats")
@@ -186,6 +187,7 @@ def _phrased(tokenizer: Any, fact: Fact, ids: Sequence[int], likely: Sequence[fl
             break
         if (
             after[len(before) :][:1] != " "
+            or before.lower() in _ARTICLES
             or says(before, fact.target)
             or fold(before.split()[-1]) == fold(fact.target.split()[0])
         ):

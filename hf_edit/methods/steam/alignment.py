@@ -28,7 +28,8 @@ class Alignment:
         self._origin = {b: origin[chosen] for b, origin in anchors.origin.items()}
         self._targets = {b: states[chosen] for b, states in anchors.states.items()}
         # by block, the facts that have an anchor there
-        self._known = {b: (target != 0).any(-1).float() for b, target in self._targets.items()}
+        known = torch.tensor([anchors.counts[f] > 0 for f in chosen])
+        self._known = {b: (known.to(target.device) & (target != 0).any(-1)).float() for b, target in self._targets.items()}
 
     def loss(self, facts: Sequence[int], states: dict[int, torch.Tensor]) -> torch.Tensor:
         """The term for each fact, [facts]; zero where there is no anchor."""

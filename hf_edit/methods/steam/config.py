@@ -63,7 +63,7 @@ class SteamConfig(EditConfig):
     tail_factor: float = setting(0.25, "weight of KL(edited || clean) behind the target, which keeps it from being said again")
     tail_tokens: int = setting(6, "tokens behind the target that this term reads")
     clamp: float | None = setting(
-        None, "|delta| at most, relative to the norm of the stream (1), or of the MLP's output behind a norm (4)"
+        None, "|delta| at most, relative to the norm of the stream (1), or of the MLP's output behind a norm (2)"
     )
     contexts: int = setting(5, "sampled prefixes that the fact must also hold behind")
     wordings: int | None = setting(
