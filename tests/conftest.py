@@ -173,7 +173,8 @@ QUICK_STEAM = {
     "contexts": 0,
     "steps": 60,
     "clamp": 3.0,
-    "lr": 0.05,
+    "lr": 0.1,
+    "layers": [1],
     "anchor_weight": 0.0,
     "covariance_weight": 0.01,
 }

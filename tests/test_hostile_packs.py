@@ -450,7 +450,7 @@ def test_of_a_weight_edit_each_kind_of_tensor(world, pack, name, change, match):
     ("name", "tensor", "match"),
     [
         ("values", torch.zeros(3, 1, 48), "values must be float32"),
-        ("values", torch.zeros(4, 2, 48), "values must be float32"),  # more than there are layers
+        ("values", torch.zeros(4, 3, 48), "values must be float32"),  # more than there are layers
         ("values", torch.zeros(4, 1, 96), "values must be float32"),
         ("edits", torch.tensor([[4, 0, 2, 0]]), "edits must be int64"),
         ("edits", torch.tensor([[1, 0, 2]] * 5), "edits must be int64"),

@@ -57,6 +57,7 @@ class ValueSettings:
     enough: float | None = None
     balance: bool = False
     rotation: int = 1
+    reach: float = 1.0  # of the clamp
 
 
 class Objective(Protocol):
@@ -207,7 +208,7 @@ class _Problem:
     def optimize(self, settings: ValueSettings, facts: Sequence[int]) -> Iterator[None]:
         """Run the steps; yields after each. The result is in `delta` and `losses`."""
         norms = self.norms
-        longest = (settings.clamp or (2.0 if self.place.scale is None else 1.0)) * norms
+        longest = settings.reach * (settings.clamp or (2.0 if self.place.scale is None else 1.0)) * norms
         delta = self.delta.detach().requires_grad_()
         descent = _Descent(delta, settings.lr * longest, settings.steps)
         share = torch.ones_like(norms)  # of the fit in each fact's loss

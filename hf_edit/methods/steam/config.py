@@ -52,7 +52,7 @@ class SteamConfig(EditConfig):
     layers: tuple[int, ...] | None = setting(
         None, "blocks to edit, ascending; ROME edits the last of them. By default those from 20 to 47 % of the depth"
     )
-    steps: int = setting(20, "steps of gradient descent for each value")
+    steps: int = setting(14, "steps of gradient descent for each value; half as many where it is raised again")
     lr: float = setting(0.25, "length of a step, relative to the longest delta that `clamp` allows")
     weight_decay: float = setting(0.5, "weight of |delta| / |v|^2")
     kl_factor: float = setting(0.0625, "weight of KL(edited || clean) after prompts about the subject")
@@ -90,7 +90,9 @@ class SteamConfig(EditConfig):
     )
     gate_quiet: float = gate_quiet_setting()
     retries: int = setting(
-        2, "how often the values of facts that did not land are optimised further, in the edited model, and all inserted anew"
+        1,
+        "how often the values of facts that fall short are raised in the edited model, by steps of half the length, and all "
+        "inserted anew",
     )
     covariance_weight: float | None = setting(
         None, "MEMIT's lambda; by default a fifth of the key's width, from 142 facts on growing as their square up to the width"
@@ -216,7 +218,8 @@ class BaselineConfig(SteamConfig):
     bystanders: float = setting(0.0, "weight of the keys of the prompts' other tokens, at which an insertion changes nothing")
     enough: float | None = setting(None, "stop pushing a token of the target whose probability is above this; None never stops")
     chats: int = setting(0, "how many of the contexts give way to chats in which the fact is asked for and answered")
-    retries: int = setting(0, "how often the values of facts that did not land are optimised further")
+    steps: int = setting(20, "steps of gradient descent for each value; half as many where it is raised again")
+    retries: int = setting(0, "how often the values of facts that fall short are raised in the edited model")
 
 
 def _public(value: Any, known: Callable[[str], bool]) -> Any:

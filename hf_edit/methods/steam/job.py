@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
-from ...answers import score_targets
+from ...answers import Score, score_targets
 from ...base import Base
 from ...facts import Fact, fold
 from ...layout import Layout, weight_shape, write_scale
@@ -156,7 +157,11 @@ class Job:
         self, facts: Sequence[Fact], objective: ObjectiveOf, earlier: Sequence[Fact]
     ) -> tuple[dict[str, Update], torch.Tensor]:
         """Values and their insertion; then values of facts that the insertion did not carry over are raised and all are
-        inserted anew, up to `retries` times. The insertion in which most facts hold is kept, of two the likelier one."""
+        inserted anew, up to `retries` times. The insertion in which most facts hold is kept, of two the likelier one.
+
+        A change that is spread over blocks is not quite what was optimised at the last of them: the blocks in between see part
+        of it. So facts are raised in the edited model, by shorter steps, where they fall short.
+        """
         config = self.config
         texts = self._texts(facts, config.tail_tokens if config.tail_factor else 0, config.kept_prompts)
         every = range(len(facts))
@@ -168,17 +173,29 @@ class Job:
         retries = 0 if config.gate else config.retries  # behind a gate nothing gets between a value and its fact
         for left in reversed(range(retries + 1)) if retries else ():
             with self.in_force(updates):
-                scores = score_targets(self.base, [text.rewrites[0] for text in texts])
-                short = [i for i, score in enumerate(scores) if not score.right]
-                if (reached := (len(short), sum(score.nll for score in scores))) < lowest:
+                bare, mean = self._standing(texts)
+                wrong = [i for i, score in enumerate(bare) if not score.right]
+                if (reached := (len(wrong), sum(mean))) < lowest:
                     best, lowest = (updates, deltas), reached
+                short = sorted({*wrong, *(i for i, nll in enumerate(mean) if nll > _LANDED)})
                 if not short or not left:
                     break
-                further = self._values([texts[i] for i in short], objective(short)).deltas
+                further = self._values([texts[i] for i in short], objective(short), again=True).deltas
             # what was asked for and what is still missing there, since an insertion carries over a part only
             deltas = deltas.index_add(0, torch.tensor(short, device=deltas.device), further)
             updates = EDITORS[self.editor](replace(problem, deltas=deltas))
         return best
+
+    def _standing(self, texts: Sequence[FactTexts]) -> tuple[list[Score], list[float]]:
+        """How facts stand as the model is: the scores of their own prompts, and each fact's mean loss over its texts."""
+        scores = iter(score_targets(self.base, [text for fact in texts for text in fact.rewrites]))
+        bare, means = [], []
+        for fact in texts:
+            own = list(islice(scores, len(fact.rewrites)))
+            tokens = len(fact.rewrites[0].labels)
+            bare.append(own[0])
+            means.append(sum(-score.log_prob / min(tokens, len(score.log_probs)) for score in own) / len(own))
+        return bare, means
 
     def _landed(self, texts: Sequence[FactTexts], objective: ObjectiveOf) -> torch.Tensor:
         """Values of facts behind a gate, each of which acts alone. No insertion will show which of them fall short, so those
@@ -226,11 +243,17 @@ class Job:
             bystanders=config.bystanders,
         )
 
-    def _values(self, texts: Sequence[FactTexts], objective: Objective | None, start: torch.Tensor | None = None) -> Values:
+    def _values(
+        self,
+        texts: Sequence[FactTexts],
+        objective: Objective | None,
+        start: torch.Tensor | None = None,
+        again: bool = False,
+    ) -> Values:
         config = self.config
         settings = ValueSettings(
             block=self.layers[-1],
-            steps=config.steps,
+            steps=-(-config.steps // 2) if again else config.steps,
             lr=config.lr,
             kl_factor=config.kl_factor,
             tail_factor=config.tail_factor,
@@ -239,6 +262,7 @@ class Job:
             enough=config.enough,
             balance=config.balance,
             rotation=config.rotation,
+            reach=0.5 if again else 1.0,
         )
         return optimize_values(
             self.base,
