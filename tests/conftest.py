@@ -173,7 +173,7 @@ QUICK_STEAM = {
     "contexts": 0,
     "steps": 60,
     "clamp": 3.0,
-    "lr": 0.1,
+    "lr": 0.03,
     "layers": [1],
     "anchor_weight": 0.0,
     "covariance_weight": 0.01,
