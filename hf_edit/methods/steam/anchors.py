@@ -161,8 +161,8 @@ def build_anchors(
         for column, b in enumerate(given_blocks):
             origin[b], states[b] = origin[b].clone(), states[b].clone()
             origin[b][left] = 0.0 if frame == "raw" else general[b]
-            known = torch.tensor([float(count > 0) for count in prompts])[:, None]
-            states[b][left] = known * (given[:, column] - origin[b][left])
+            recalled = torch.tensor([float(count > 0) for count in prompts])[:, None]
+            states[b][left] = recalled * (given[:, column] - origin[b][left])
         for i, count in zip(left, prompts, strict=True):
             counts[i] = count
     return Anchors(
@@ -182,8 +182,8 @@ def _given(base: Base, facts: Sequence[Fact], blocks: Sequence[int], progress: b
     Of the prompts that give a fact, those count after which the object's first token is among the model's first ten.
 
     Returns:
-        The mean over these prompts, float32 [facts, blocks, hidden] on the CPU, and for each fact their number. The mean is zero
-        where that is 0.
+        The mean over these prompts, float32 [facts, blocks, hidden] on the CPU, and for each fact their number. Without such a
+        prompt the mean is zero.
     """
     giving = [_prompts_that_give(base, f) for f in facts]
     texts = encode(base.tokenizer, [text for own in giving for text in own])
