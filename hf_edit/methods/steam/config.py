@@ -128,9 +128,9 @@ class SteamConfig(EditConfig):
         "function of the object, or a list of several of these",
     )
     in_context: bool = setting(
-        True,
+        False,
         "where an object has too few references, take the state of the clean model that is given the fact for its anchor, by "
-        "default in the last third of the blocks",
+        "default in the last third of the blocks; every fact has an anchor then, and values land more slowly",
     )
     min_references: int = setting(3, "fewer recalled references than this make no anchor")
     max_references: int = setting(50, "references behind an anchor at most")
