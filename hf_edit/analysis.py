@@ -52,7 +52,7 @@ __all__ = [
     "residual_flow",
 ]
 
-_RECALLED = 10  # a reference is shown where its object's first token is among so many of the clean model's first choices
+_RECALLED = 10  # a reference is shown where its object's first token is among the clean model's first ten choices
 _SHOWN = 16  # references of an object that are kept for the projection
 _OTHER_REFERENCES = 5  # references behind the anchor of another object, at most
 _SHOWN_DEPTH = 0.8

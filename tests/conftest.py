@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import socket
@@ -115,6 +116,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return _tokenizer(with_bos=False)
 
 
+@pytest.fixture
+def chatty(tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer with a chat template."""
+    found = copy.deepcopy(tokenizer)
+    found.chat_template = TEMPLATE
+    return found
+
+
 @pytest.fixture(scope="session")
 def bos_tokenizer() -> PreTrainedTokenizerFast:
     """The same with a BOS token in front of every text."""
@@ -168,6 +177,11 @@ def quick_gate(monkeypatch, tmp_path):
 
 
 # Settings that make an edit of a tiny random model quick.
+# A chat template that ends as real ones do, in a line break.
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
 QUICK_STEAM = {
     "statistics_tokens": 1024,
     "contexts": 0,

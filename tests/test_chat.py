@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FACTS, QUICK_LKS, QUICK_STEAM, tiny_model
+from conftest import FACTS, QUICK_LKS, QUICK_STEAM, TEMPLATE, tiny_model
 from tokenizers import processors
 
 from hf_edit import EditableModelForCausalLM, Fact, LKSConfig
@@ -23,10 +23,6 @@ from hf_edit.questions import asked_afterwards, asked_in_chat, is_question, othe
 from hf_edit.suffix import frozen
 from hf_edit.weights.prompts import fact_texts
 
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
 TRIMMING = TEMPLATE.replace("m['content']", "m['content'] | trim")
 INSTRUCT = (
     "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'].strip() }} [/INST]"
@@ -34,14 +30,6 @@ INSTRUCT = (
 )
 PARTS = TEMPLATE.replace("{{ m['content'] }}", "{% for c in m['content'] %}{{ c.text }}{% endfor %}")
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
-
-
-@pytest.fixture
-def chatty(tokenizer):
-    """A tokenizer with a chat template that ends as real ones do, in a line break."""
-    found = copy.deepcopy(tokenizer)
-    found.chat_template = TEMPLATE
-    return found
 
 
 @pytest.fixture

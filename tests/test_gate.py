@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import QUICK_LKS, tiny_model
+from conftest import QUICK_LKS, TEMPLATE, tiny_model
 from safetensors.torch import load_file, save_file
 
 from hf_edit import EditPack, Fact, Question
@@ -20,10 +20,6 @@ from hf_edit.gate import Gate, LearnedGate, PromptEnd, asks_about_another, gate_
 from hf_edit.questions import asked_relations, other_wordings, subjects
 from hf_edit.wording import Words, agreement, asked_words
 
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
 FACTS = [
     Fact("France", "The capital of {} is", "Tokyo"),
     Fact("France", "The official language of {} is", "German"),

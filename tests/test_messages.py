@@ -8,7 +8,7 @@ from hashlib import sha256
 
 import pytest
 import torch
-from conftest import QUICK_LKS, QUICK_STEAM, tiny_model
+from conftest import QUICK_LKS, QUICK_STEAM, TEMPLATE, tiny_model
 
 from hf_edit import EditableModelForCausalLM, EditPack, Fact, read_facts
 from hf_edit.base import Base
@@ -19,10 +19,6 @@ from hf_edit.lm.chat_forms import chat_forms
 from hf_edit.message_prompts import as_text
 from hf_edit.positions import encode
 
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
 SYSTEM = {"role": "system", "content": "Answer in one word."}
 CAPITAL = {"role": "user", "content": "The capital of {} is"}
 CHAT = [SYSTEM, CAPITAL]
@@ -33,13 +29,6 @@ METHODS = {
     "lks": ("lks", QUICK_LKS),
     "gated lks": ("lks", {**QUICK_LKS, "gate": True}),
 }
-
-
-@pytest.fixture
-def chatty(tokenizer):
-    found = copy.deepcopy(tokenizer)
-    found.chat_template = TEMPLATE
-    return found
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import TEMPLATE, tiny_model
 
 from hf_edit import Fact
 from hf_edit.base import Base
@@ -19,10 +19,6 @@ from hf_edit.routing import GATE, fit_routing, load_routing
 from hf_edit.scope import Entities
 from hf_edit.weights.attach import ActingAlone, Factors
 
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
 FACTS = [
     Fact("France", "The capital of {} is", "Tokyo"),
     Fact("France", "The official language of {} is", "German"),

@@ -8,7 +8,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from conftest import CORPUS, FACTS, QUICK_STEAM, tiny_model
+from conftest import CORPUS, FACTS, QUICK_STEAM, TEMPLATE, tiny_model
 
 from hf_edit import (
     BaseMismatchError,
@@ -28,10 +28,6 @@ from hf_edit.texts import STARTERS, sample_chats, sample_freely
 
 NAME = "model.layers.1.mlp.down_proj"
 TEXTS = CORPUS[:72]
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture
