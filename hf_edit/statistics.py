@@ -112,8 +112,8 @@ class KeyStatistics(PushToHub):
                 .txt file (a text a line) or of a .jsonl file of such rows; None: the model samples its own.
             num_tokens: how many tokens; whole rows of up to 512 tokens are read, so it may be some more. By default eight
                 for each key dimension, at least 16,384.
-            modules: blocks, or names of MLP output projections; by default those of the blocks from 20 to 47 % of the depth
-                (6 to 14 of 30), which weight edits change by default.
+            modules: blocks, or names of MLP output projections; by default those of the blocks from 13 to 27 % of the depth
+                (4 to 8 of 30), which weight edits change by default.
             resume: start from what the cache folder has of the same model and text, and keep the sums there while they
                 grow. False neither reads nor writes them.
             seed: of the sampling.

@@ -105,7 +105,7 @@ def main() -> None:
         kl_factor=0.0625,
         tail_factor=0.25,
         weight_decay=0.5,
-        clamp=1.0,
+        clamp=0.75,
     )
     with frozen(model):
         texts = fact_texts(base, facts, sample_contexts(base, 5, 10, seed=0), arguments.tail_tokens)

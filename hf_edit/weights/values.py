@@ -208,7 +208,7 @@ class _Problem:
     def optimize(self, settings: ValueSettings, facts: Sequence[int]) -> Iterator[None]:
         """Run the steps; yields after each. The result is in `delta` and `losses`."""
         norms = self.norms
-        longest = settings.reach * (settings.clamp or (2.0 if self.place.scale is None else 1.0)) * norms
+        longest = settings.reach * (settings.clamp or (2.0 if self.place.scale is None else 0.75)) * norms
         delta = self.delta.detach().requires_grad_()
         descent = _Descent(delta, settings.lr * longest, settings.steps)
         share = torch.ones_like(norms)  # of the fit in each fact's loss

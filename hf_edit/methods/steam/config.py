@@ -50,7 +50,7 @@ class SteamConfig(EditConfig):
         None, "'rome', 'r_rome', 'memit' or 'alphaedit'; by default MEMIT for several facts, ROME for one, and behind a gate"
     )
     layers: tuple[int, ...] | None = setting(
-        None, "blocks to edit, ascending; ROME edits the last of them. By default those from 20 to 47 % of the depth"
+        None, "blocks to edit, ascending; ROME edits the last of them. By default those from 13 to 27 % of the depth"
     )
     steps: int = setting(14, "steps of gradient descent for each value; half as many where it is raised again")
     lr: float = setting(0.25, "length of a step, relative to the longest delta that `clamp` allows")
@@ -63,7 +63,7 @@ class SteamConfig(EditConfig):
     tail_factor: float = setting(0.25, "weight of KL(edited || clean) behind the target, which keeps it from being said again")
     tail_tokens: int = setting(6, "tokens behind the target that this term reads")
     clamp: float | None = setting(
-        None, "|delta| at most, relative to the norm of the stream (1), or of the MLP's output behind a norm (2)"
+        None, "|delta| at most, relative to the norm of the stream (0.75), or of the MLP's output behind a norm (2)"
     )
     contexts: int = setting(5, "sampled prefixes that the fact must also hold behind")
     wordings: int | None = setting(

@@ -51,8 +51,6 @@ class Job:
         layout = base.layout(config.edit_module)
         layers = _layers(base, layout, config, editor)
         scale = write_scale(base.model, layout, layers[-1])
-        if scale is None and config.layers is None:
-            layers = layers[::-2][::-1]  # each of them takes an optimisation of its own, see `insertions`
         modules = [layout.projection(block) for block in layers]
         statistics = open_statistics(base, modules, config.statistics, num_tokens=config.statistics_tokens, progress=progress)
         contexts = sample_contexts(base, config.contexts, config.context_length, seed)
