@@ -6,11 +6,15 @@ moved there one by one. A reader finds the old pack before that step and the new
 The next save finishes what a cut-off one left, whichever of several writers it is. Several packs of a folder take effect in
 the same step: the renamed folder holds one subfolder for each.
 
-The name after `.incoming-` is a keyed hash of the folder's path and of the configuration that the save replaces, and the key
-never leaves the user's cache. So a folder that came from elsewhere can't contain files that count before the ones in plain
-sight, nothing but our own saves is ever moved, and a save that was cut off is forgotten once something else was saved there.
-To anyone without the key (another user, another cache, a copy of the folder) a save that was cut off while its files were moved
-is a pack whose hashes don't match: it is refused, never half read, and has to be saved again.
+Writers of one folder take turns from that renaming on, where the system can lock a folder.
+
+The name after `.incoming-` is a keyed hash of the folder's path, of the configuration that the save replaces and of the time at
+which that was written; the key never leaves the user's cache. So a folder that came from elsewhere can't contain files that
+count before the ones in plain sight, nothing but our own saves is ever moved, and a save that was cut off is forgotten once
+something else was saved there. No two saves share a name: a writer that stops halfway and goes on later finds nothing to move,
+even where the same pack has come back into place meanwhile. To anyone without the key (another user, another cache, a copy of
+the folder) a save that was cut off while its files were moved is a pack whose hashes don't match: it is refused, never half
+read, and has to be saved again.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -38,6 +42,11 @@ from safetensors.torch import save_file
 
 from .cache import cache_folder, sort_header
 from .errors import PackFormatError, PackSecurityError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["file_digest", "located", "own_file", "read_bytes", "read_start", "read_whole", "replacing", "write_tensors"]
 
@@ -50,7 +59,7 @@ _MAX_LAST = 1 << 20
 _KEY_BYTES = 32
 _MAX_HEADER = 1 << 24
 _ABANDONED = 3600.0  # seconds after which what a killed save left behind is swept away
-_ATTEMPTS = 5  # at reading what another process saves again and again
+_ATTEMPTS = 50  # at reading what another process saves again and again
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)  # what renaming onto a folder with files in it says, by system
 
 
@@ -67,9 +76,12 @@ def _incoming(folder: Path) -> Path:
     """Where a finished save has a folder's files, until they are put in place."""
     said = hashlib.sha256(os.fsencode(os.path.realpath(folder)))
     for name in _LAST:
-        path = folder / name
-        is_file = path.is_file() and not path.is_symlink()
-        said.update(hashlib.sha256(path.read_bytes() if is_file and path.stat().st_size <= _MAX_LAST else b"").digest())
+        path, what = folder / name, b""
+        with suppress(FileNotFoundError):
+            if path.is_file() and not path.is_symlink() and path.stat().st_size <= _MAX_LAST:
+                with path.open("rb") as file:  # once opened, it is one version, whatever takes its place
+                    what = b"%d " % os.fstat(file.fileno()).st_mtime_ns + file.read()
+        said.update(hashlib.sha256(what).digest())
     return folder / (_INCOMING + hmac.digest(_key(_key_file()), said.digest(), "sha256").hex()[:32])
 
 
@@ -279,16 +291,31 @@ def replacing(*folders: Path) -> Iterator[list[Path]]:
         yield [staging / at for at in within.values()]
         for folder, at in within.items():
             _settle(staging / at, folder)
-        for folder in folders:
-            if within[folder] != Path():
-                _put_in_place(folder)  # what a killed save left would come after these files otherwise
-        _commit(staging, root)
+        with _alone_in(root.parent, root, *folders):
+            for folder in folders:
+                if within[folder] != Path():
+                    _put_in_place(folder)  # what a killed save left would come after these files otherwise
+            _commit(staging, root)
+            for folder in folders:
+                _flush(folder)
+            _put_in_place(root)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    for folder in folders:
-        _flush(folder)
-    _put_in_place(root)
+
+
+@contextmanager
+def _alone_in(*folders: Path) -> Iterator[None]:
+    """Writers of the same folders take turns, where the system has locks for folders; they end with the process."""
+    with ExitStack() as stack:
+        if fcntl is not None:
+            real = {os.path.realpath(folder) for folder in folders}
+            for folder in sorted(real):  # in one order, so that no two wait for each other
+                with suppress(OSError):  # a file system without locks, a folder that may not be read
+                    descriptor = os.open(folder, os.O_RDONLY)
+                    stack.callback(os.close, descriptor)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def _make(folder: Path) -> None:
@@ -323,6 +350,8 @@ def _settle(staging: Path, folder: Path) -> None:
         if (folder / path.name).is_dir():
             raise IsADirectoryError(f"{folder / path.name} is a folder, where a file of the pack would go; move it away")
         path.chmod(0o666 & ~umask)  # safetensors writes 0600 whatever the umask
+        now = time.time_ns()
+        os.utime(path, ns=(now, now))  # the system's own clock gives all files of some milliseconds the same time
         _flush(path)
     _flush(staging)
 
