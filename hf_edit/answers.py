@@ -85,7 +85,7 @@ def greedy(
     lengths = [length] * len(rows) if isinstance(length, int) else length
     order = sorted(range(len(rows)), key=lambda i: (lengths[i], len(rows[i])))
     found: dict[int, str] = {}
-    with bar(len(rows), "asking", "prompt", progress) as shown:
+    with frozen(base.model), bar(len(rows), "asking", "prompt", progress) as shown:
         for tokens, same in groupby(order, key=lambda i: lengths[i]):
             alike = list(same)
             for group in (alike[first : first + batch] for first in range(0, len(alike), batch)):

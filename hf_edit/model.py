@@ -31,6 +31,7 @@ from .lm.chat_forms import asked_plainly
 from .message_prompts import as_given, as_text, fit_as_text
 from .methods import EditConfig, get_method
 from .methods.base import Attachment
+from .methods.scope.attachment import MentionAttachment
 from .pack import CONFIG_FILE, HUB_FILES, EditPack, check_name, describe_base, save_packs, subpacks, versions
 from .positions import Text, encode, fact_text
 from .questions import asked_afterwards
@@ -70,8 +71,9 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
     The base model is changed in place while edits are in force (its class and its state dict's keys stay as they are)
     and is bit for bit as before after `rollback` or `unload`.
 
-    Several threads may edit, load, disable and roll back: their changes happen one after the other. What is active is the
-    same for all threads. Generating while another thread changes that is not guarded.
+    Several threads may edit, load, disable, roll back and run the model: `forward`, `generate`, `ask` and `evaluate` give each
+    thread what it would get alone. Changes happen one after the other. A change waits for runs that are under way, and runs
+    wait for changes and for other threads' `disable_edits`. Calls of the base model itself are not guarded.
 
     Args:
         base_model: a causal language model of transformers.
@@ -449,8 +451,10 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         texts = [_chat_of(self.tokenizer, prompt) if c else prompt for prompt, c in zip(several, in_chat, strict=True)]
         usual = [_CHAT_ANSWER_TOKENS if c else _ANSWER_TOKENS for c in in_chat]
         lengths = usual if max_new_tokens is None else [max_new_tokens] * len(several)
-        return greedy(self._base, texts, lengths)
+        with self._turns.run():
+            return greedy(self._base, texts, lengths)
 
+    @_one_at_a_time
     def perplexity(self) -> float:
         """Perplexity of the model, with the edits in force, on text that it wrote without them (see `hf_edit.health`)."""
         if self._health is None or self._health.fingerprint != self._base.fingerprint:
@@ -458,6 +462,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
                 self._health = Health(self._base)
         return self._health.now()
 
+    @_one_at_a_time
     def evaluate(
         self,
         facts: Any = None,
@@ -805,11 +810,27 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, with the edits in force."""
-        return self.base_model(*args, **kwargs)
+        with self._turns.run():
+            return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate, with the edits in force."""
-        return self.base_model.generate(*args, **kwargs)
+        with self._turns.run():
+            return self.base_model.generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's continuous batching, with the edits in force.
+
+        Raises:
+            NotImplementedError: an edit acts at mentions (LKS, a gate); several texts share a row there.
+        """
+        if any(isinstance(attachment, MentionAttachment) for attachment in self._attached):
+            raise NotImplementedError(
+                "edits that act at mentions (LKS, a gate) don't work with continuous batching, where several texts share a "
+                "row: use model.generate, or model.disable_edits()"
+            )
+        with self._turns.run():
+            return self.base_model.generate_batch(*args, **kwargs)
 
     @_one_at_a_time
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

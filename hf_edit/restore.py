@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -41,7 +41,8 @@ def uninterrupted() -> Iterator[None]:
 
 
 class Turns:
-    """One change at a time of what is active on a model, and none while another thread needs the model without edits.
+    """One change at a time of what is active on a model, none while another thread needs the model without edits, and none
+    while another thread runs it.
 
     Attributes:
         lock: held for every change; the thread that holds it may take it again.
@@ -54,30 +55,67 @@ class Turns:
         self.clean: dict[int, int] = {}
         self._numbers = count()
         self._waiting = 0  # changes
+        self._changing: int | None = None  # the thread that holds the lock for a change
+        self._running: dict[int, int] = {}  # by thread, how many runs of the model are under way
         self._moved = threading.Condition(self.lock)
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """Wait for the other threads' contexts to end, then hold the lock."""
+        """Wait for the other threads' contexts and runs to end, then hold the lock."""
         me = threading.get_ident()
         with self.lock:
-            # who needs the model clean as well does not wait: two such threads would wait for each other
-            while self.clean and me not in self.clean.values():
-                self._waiting += 1
-                try:
+            before = self._changing
+            if before != me:  # to wait gives the lock away
+                # who needs the model clean as well does not wait: two such threads would wait for each other
+                self._wait_while(lambda: bool(self.clean and me not in self.clean.values()) or self._others_run(me))
+            self._changing = me
+            try:
+                yield
+            finally:
+                self._changing = before
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """Run the model as it stands: changes by other threads wait meanwhile. While another thread changes it, or needs it
+        without edits, the run waits. In a thread that does so itself it never waits."""
+        me = threading.get_ident()
+        with self.lock:
+            if me not in self._running and me not in self.clean.values():
+                while self._waiting or self.clean:
                     self._moved.wait()
-                finally:
-                    self._waiting -= 1
-                    self._moved.notify_all()
+            self._running[me] = self._running.get(me, 0) + 1
+        try:
             yield
+        finally:
+            with self.lock:
+                self._running[me] -= 1
+                if not self._running[me]:
+                    del self._running[me]
+                self._moved.notify_all()
+
+    def _others_run(self, me: int) -> bool:
+        return any(thread != me for thread in self._running)
+
+    def _wait_while(self, condition: Callable[[], bool]) -> None:
+        """Wait with the lock held; new runs wait, too."""
+        while condition():
+            self._waiting += 1
+            try:
+                self._moved.wait()
+            finally:
+                self._waiting -= 1
+                self._moved.notify_all()
 
     def enter(self) -> int:
         """Begin to need the clean model; gives the number. Call it with the lock held."""
         me = threading.get_ident()
-        if self._waiting and me not in self.clean.values():  # threads that come and go would never let a change through
-            self._moved.wait_for(lambda: not self._waiting, _PATIENCE)
+        if self._changing != me and me not in self.clean.values():
+            if self._waiting:  # threads that come and go would never let a change through
+                self._moved.wait_for(lambda: not self._waiting, _PATIENCE)
+            self._wait_while(lambda: not self.clean and self._others_run(me))
         number = next(self._numbers)
         self.clean[number] = me
+        self._moved.notify_all()
         return number
 
     def leave(self, number: int) -> bool | None:

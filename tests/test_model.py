@@ -583,6 +583,48 @@ def test_merging_where_edits_are_disabled_is_refused(llama):
     assert llama.active_packs == ["default"]
 
 
+@pytest.mark.parametrize("method", ["steam", "lks"])
+def test_threads_that_run_the_model_get_the_old_or_the_new_one_never_a_mixture(llama, method):
+    """Two threads generate, one disables the edits and generates, one edits and rolls back: all at once."""
+    ids = llama.tokenizer(FACTS[0].question, return_tensors="pt")["input_ids"]
+    settings = QUICK_STEAM if method == "steam" else QUICK_LKS
+
+    def answer():
+        with torch.no_grad():
+            return llama.forward(input_ids=ids).logits[0, -1].tolist()
+
+    clean = answer()
+    llama.edit(FACTS[:1], method, verify=False, progress=False, **settings)
+    edited = answer()
+    llama.rollback()
+    assert clean != edited
+    seen, seen_clean = [], []
+
+    def run():
+        seen.extend(answer() for _ in range(30))
+
+    def run_clean():
+        for _ in range(10):
+            with llama.disable_edits():
+                seen_clean.append(answer())
+
+    def change():
+        for _ in range(4):
+            llama.edit(FACTS[:1], method, verify=False, progress=False, **settings)
+            llama.rollback()
+
+    assert _together(run, run, run_clean, change) == []
+    assert all(one in (clean, edited) for one in seen)
+    assert all(one == clean for one in seen_clean)
+    assert answer() == clean
+
+
+def test_continuous_batching_is_refused_where_edits_act_at_mentions(llama):
+    llama.edit(FACTS[:1], "lks", verify=False, progress=False, **QUICK_LKS)
+    with pytest.raises(NotImplementedError, match=r"model\.generate"):
+        llama.generate_batch([[1, 2, 3]])
+
+
 def test_threads_that_edit_while_they_have_edits_disabled_do_not_wait_for_each_other(llama):
     both = threading.Barrier(2)
 
