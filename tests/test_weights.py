@@ -9,7 +9,7 @@ from conftest import CORPUS, FACTS, same, snapshot, tiny_model, trained
 from hf_edit import BaseMismatchError, EditableModelForCausalLM, Fact, KeyStatistics
 from hf_edit.answers import target_probabilities
 from hf_edit.base import Base
-from hf_edit.mentions import Points
+from hf_edit.methods.scope.points import Points
 from hf_edit.statistics import Moment
 from hf_edit.suffix import frozen, read_keys_and_states
 from hf_edit.weights.attach import ActingAlone, Factors, WeightAttachment
@@ -157,15 +157,15 @@ def test_attached_factors_change_the_output_by_their_product_and_leave_no_trace(
 
 @pytest.mark.parametrize("flat", [False, True], ids=["rows", "flat"])
 def test_a_fact_by_itself_acts_on_the_tokens_where_it_is_on_and_nowhere_else(flat):
-    change = _factors()[NAMES["llama"]]
-    keys, clean = torch.randn(3, 4, change.right.shape[1]), torch.randn(3, 4, len(change.left))
+    values = torch.randn(8, 2)
+    keys, clean = torch.randn(3, 4, 5), torch.randn(3, 4, 8)
     points = Points([0, 2], [1, 3], [1, 0], [None, None], 4)
     given = (keys.flatten(0, 1), clean.flatten(0, 1)) if flat else (keys, clean)
     before = clean.clone()
-    found = ActingAlone(change)(*given, points).reshape(clean.shape)
+    found = ActingAlone(values)(*given, points).reshape(clean.shape)
     assert torch.equal(clean, before)
     for row, column, fact in ((0, 1, 1), (2, 3, 0)):
-        before[row, column] += change.left[:, fact] * (change.right[fact] @ keys[row, column])
+        before[row, column] += values[:, fact]
     torch.testing.assert_close(found, before)
 
 

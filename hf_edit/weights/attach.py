@@ -12,9 +12,9 @@ from torch import nn
 from ..base import Base
 from ..errors import BaseMismatchError, PackFormatError, PackSecurityError, UnsupportedArchitectureError
 from ..layout import is_transposed, weight_shape
-from ..mentions import Points
+from ..methods.scope.points import Points
 
-__all__ = ["ActingAlone", "Factors", "WeightAttachment", "check_changes"]
+__all__ = ["ActingAlone", "Factors", "WeightAttachment", "check_changes", "check_values"]
 
 _SAMPLE = 4096
 _MAX_CHANGE = 100.0  # times the weight's own norm
@@ -105,18 +105,21 @@ class WeightAttachment:
 
 @dataclass(frozen=True)
 class ActingAlone:
-    """The effect of a change of a weight of which only the rank that belongs to a fact acts, and only on the tokens where the
-    fact is on: y + left_f (right_f . x)."""
+    """The effect of values that act one by one, each on the tokens where its fact is active: y + v_f.
 
-    change: Factors
+    A weight change would write v_f (u_f . x), for keys x near the fact's own. Where a gate decides, the key is not needed, and
+    only makes the value weaker in other wordings.
+
+    Attributes:
+        values: float32 [out, facts].
+    """
+
+    values: torch.Tensor
 
     def __call__(self, given: torch.Tensor, output: torch.Tensor, points: Points) -> torch.Tensor:
         """The module's output with what is written at the points."""
-        left, right = self.change.left[:, points.facts].T.to(given.device), self.change.right[points.facts].to(given.device)
-        at = points.of(given)
-        written = (given[at].float() * right).sum(-1, keepdim=True) * left
         output = output.clone()
-        output[at] += written.to(output.dtype)
+        output[points.of(given)] += self.values[:, points.facts].T.to(output)
         return output
 
 
@@ -162,34 +165,65 @@ def check_changes(factors: Mapping[str, Factors], base: Base, edit_module: str |
         BaseMismatchError: a module is missing or of another shape.
         PackFormatError: one is so much larger than the weight itself that it is no edit.
     """
+    modules = {name: _checked(base.model, name, change) for name, change in factors.items()}
+    _check_places(modules, base, edit_module)
+    for name, module in modules.items():
+        _check_size(name, module, factors[name].norm())
+
+
+def check_values(values: Mapping[str, torch.Tensor], base: Base, edit_module: str | None = None) -> None:
+    """Check values of unknown origin, which act one by one, against the model; errors as of `check_changes`.
+
+    Args:
+        values: by module, float32 [out, facts].
+    """
+    modules = {name: _module(base.model, name) for name in values}
+    _check_places(modules, base, edit_module)
+    for name, module in modules.items():
+        out, _ = _shape(module, name)
+        if len(values[name]) != out:
+            raise BaseMismatchError(
+                f"{name} writes {out} numbers, the edit's values have {len(values[name])}; the edits were made for a model of "
+                "another size"
+            )
+        _check_size(name, module, float(values[name].norm(dim=0).max()))
+
+
+def _check_places(modules: Mapping[str, Any], base: Base, edit_module: str | None) -> None:
     try:
         layout = base.layout(edit_module)
     except (UnsupportedArchitectureError, AttributeError) as error:
         raise BaseMismatchError(f"the pack's edit_module {edit_module!r:.200} is none of this model: {error}") from error
     inside = tuple(f"{layout.blocks_path}.{index}." for index in range(len(layout)))
-    for name, change in factors.items():
-        module = _checked(base.model, name, change)
+    for name in modules:
         if name not in layout.projections or not name.startswith(inside):
             raise PackSecurityError(
                 f"the pack would change {name!r:.200}, which is no MLP output projection of this model's blocks; packs may "
                 "change nothing else"
             )
-        weight = module.weight
-        if isinstance(weight, torch.Tensor) and weight.is_floating_point() and not weight.is_meta:
-            own = float(weight.detach().norm(dtype=torch.float32))
-            if change.norm() > _MAX_CHANGE * own > 0:
-                raise PackFormatError(
-                    f"the pack's change of {name} is {change.norm() / own:.1e} times as large as the weight: no edit is"
-                )
 
 
-def _checked(model: Any, name: str, change: Factors) -> Any:
+def _check_size(name: str, module: Any, norm: float) -> None:
+    """Refuse a change that is far larger than the weight itself."""
+    weight = module.weight
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and not weight.is_meta:
+        own = float(weight.detach().norm(dtype=torch.float32))
+        if norm > _MAX_CHANGE * own > 0:
+            raise PackFormatError(f"the pack's change of {name} is {norm / own:.1e} times as large as the weight: no edit is")
+
+
+def _module(model: Any, name: str) -> Any:
     try:
         module = model.get_submodule(name) if name else None
     except AttributeError:
         module = None
     if module is None:
         raise BaseMismatchError(f"the model has no module {name!r}; the edits were made for another architecture")
+    return module
+
+
+def _checked(model: Any, name: str, change: Factors) -> Any:
+    module = _module(model, name)
     out, width = _shape(module, name)
     rank = change.right.shape[0]
     if tuple(change.left.shape) != (out, rank) or tuple(change.right.shape) != (rank, width):

@@ -50,7 +50,9 @@ class SteamConfig(EditConfig):
         None, "'rome', 'r_rome', 'memit' or 'alphaedit'; by default MEMIT for several facts, ROME for one, and behind a gate"
     )
     layers: tuple[int, ...] | None = setting(
-        None, "blocks to edit, ascending; ROME edits the last of them. By default those from 13 to 27 % of the depth"
+        None,
+        "blocks to edit, ascending; ROME edits the last of them. By default those from 13 to 27 % of the depth, with a gate "
+        "the one after the block that the gate reads, at 45 %",
     )
     steps: int = setting(14, "steps of gradient descent for each value; half as many where it is raised again")
     lr: float = setting(0.25, "length of a step, relative to the longest delta that `clamp` allows")
@@ -63,7 +65,8 @@ class SteamConfig(EditConfig):
     tail_factor: float = setting(0.25, "weight of KL(edited || clean) behind the target, which keeps it from being said again")
     tail_tokens: int = setting(6, "tokens behind the target that this term reads")
     clamp: float | None = setting(
-        None, "|delta| at most, relative to the norm of the stream (0.75), or of the MLP's output behind a norm (2)"
+        None,
+        "|delta| at most, relative to the norm of the stream (0.75, with a gate 1.5), or of the MLP's output behind a norm (2)",
     )
     contexts: int = setting(5, "sampled prefixes that the fact must also hold behind")
     wordings: int | None = setting(
@@ -89,10 +92,10 @@ class SteamConfig(EditConfig):
         "subject and all other text stay the clean model's, but the edit can't be merged or exported",
     )
     gate_quiet: float = gate_quiet_setting()
-    retries: int = setting(
-        1,
+    retries: int | None = setting(
+        None,
         "how often the values of facts that fall short are raised in the edited model, by steps of half the length, and all "
-        "inserted anew",
+        "inserted anew (1); with a gate, optimised further (2)",
     )
     covariance_weight: float | None = setting(
         None, "MEMIT's lambda; by default a fifth of the key's width, from 142 facts on growing as their square up to the width"
@@ -154,7 +157,7 @@ class SteamConfig(EditConfig):
         for name in _AT_LEAST_ONE:
             require(getattr(self, name) >= 1, f"{name} must be at least 1")
         for name in _NOT_NEGATIVE:
-            require(getattr(self, name) >= 0, f"{name} must not be negative")
+            require(getattr(self, name) is None or getattr(self, name) >= 0, f"{name} must not be negative")
         for name in _POSITIVE:
             require(getattr(self, name) is None or getattr(self, name) > 0, f"{name} must be positive")
         require(self.wordings is None or self.wordings >= 0, "wordings must not be negative")
@@ -178,6 +181,11 @@ class SteamConfig(EditConfig):
         """Settings that spare the same subject's other facts, at a price in paraphrases and, in large batches, in facts that
         hold; single settings over them. `examples/benchmarks/README.md` has the frontier."""
         return cls(**{"kept_prompts": 9, "kl_factor": 4.0, "enough": 0.9, "balance": True, **settings})
+
+    @property
+    def most_retries(self) -> int:
+        """What `retries` comes to."""
+        return 1 + self.gate if self.retries is None else self.retries
 
     @property
     def conditional(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from ...answers import Score, score_targets
 from ...base import Base
 from ...facts import Fact, fold
+from ...gate import gate_block
 from ...layout import Layout, weight_shape, write_scale
 from ...positions import encode, fact_text
 from ...statistics import KeyStatistics, open_statistics
@@ -24,9 +25,11 @@ from ...weights.values import Objective, Values, ValueSettings, optimize_values
 from .alignment import Alignment, Contrast
 from .anchors import Anchors, build_anchors, informative_blocks
 from .config import SteamConfig
+from .parts import alone
 
 __all__ = ["Job", "in_force"]
 
+_GATED_CLAMP = 1.5  # for values behind a gate, where nothing else is at stake
 _LANDED = 0.3  # nats; a value whose loss is above this may leave a token of its target to others
 
 ObjectiveOf = Callable[[Sequence[int]], Objective | None]  # the alignment term of facts of a group, by their indices in it
@@ -42,7 +45,7 @@ class Job:
     layout: Layout
     layers: tuple[int, ...]
     scale: float | None  # from what the last of them writes to its block's output, see `write_scale`
-    statistics: KeyStatistics
+    statistics: KeyStatistics | None  # none behind a gate, where nothing is inserted
     contexts: list[str]
     progress: bool
 
@@ -52,7 +55,11 @@ class Job:
         layers = _layers(base, layout, config, editor)
         scale = write_scale(base.model, layout, layers[-1])
         modules = [layout.projection(block) for block in layers]
-        statistics = open_statistics(base, modules, config.statistics, num_tokens=config.statistics_tokens, progress=progress)
+        statistics = None
+        if not config.gate:
+            statistics = open_statistics(
+                base, modules, config.statistics, num_tokens=config.statistics_tokens, progress=progress
+            )
         contexts = sample_contexts(base, config.contexts, config.context_length, seed)
         return cls(base, config, editor, layout, layers, scale, statistics, contexts, progress)
 
@@ -140,6 +147,12 @@ class Job:
                 stack.enter_context(step.in_force(found))
         return updates, torch.stack(values, dim=1)
 
+    def alone(self, facts: Sequence[Fact], objective: ObjectiveOf) -> dict[str, Update]:
+        """Values of facts behind a gate, each of which acts alone, by module."""
+        config = self.config
+        texts = self._texts(facts, config.tail_tokens if config.tail_factor else 0, config.kept_prompts)
+        return {self.layout.projection(self.layers[-1]): alone(self._landed(texts, objective).T.float().cpu())}
+
     def insert(self, facts: Sequence[Fact], values: torch.Tensor, earlier: Sequence[Fact]) -> dict[str, Update]:
         """The insertion of values that `fit` gave, into the model as it stands now."""
         updates: dict[str, Update] = {}
@@ -163,12 +176,12 @@ class Job:
         config = self.config
         texts = self._texts(facts, config.tail_tokens if config.tail_factor else 0, config.kept_prompts)
         every = range(len(facts))
-        deltas = self._landed(texts, objective) if config.gate else self._values(texts, objective(every)).deltas
+        deltas = self._values(texts, objective(every)).deltas
         problem = self._problem(facts, texts, deltas, earlier)
         updates = EDITORS[self.editor](problem)
         best = updates, deltas
         lowest = (len(facts) + 1, 0.0)
-        retries = 0 if config.gate else config.retries  # behind a gate nothing gets between a value and its fact
+        retries = config.most_retries
         for left in reversed(range(retries + 1)) if retries else ():
             with self.in_force(updates):
                 bare, mean = self._standing(texts)
@@ -196,11 +209,11 @@ class Job:
         return bare, means
 
     def _landed(self, texts: Sequence[FactTexts], objective: ObjectiveOf) -> torch.Tensor:
-        """Values of facts behind a gate, each of which acts alone. No insertion will show which of them fall short, so those
-        that have not landed when the steps end are optimised further, up to `retries` times."""
+        """Values that act alone. No insertion will show which of them fall short, so those that have not landed when the steps
+        end are optimised further, up to `retries` times."""
         found = self._values(texts, objective(range(len(texts))))
         deltas, losses = found.deltas, found.losses[-1]
-        for _ in range(self.config.retries):
+        for _ in range(self.config.most_retries):
             short = (losses > _LANDED).nonzero()[:, 0].tolist()
             if not short:
                 break
@@ -220,7 +233,8 @@ class Job:
     def _problem(
         self, facts: Sequence[Fact], texts: Sequence[FactTexts], deltas: torch.Tensor, earlier: Sequence[Fact]
     ) -> Insertion:
-        config = self.config
+        config, statistics = self.config, self.statistics
+        assert statistics is not None
         width = weight_shape(self.base.model.get_submodule(self.layout.projection(self.layers[-1])))[1]
         subjects = {fold(fact.subject) for fact in facts}
         # what stands about the same subject has the same key: to protect it would keep the new fact out
@@ -232,7 +246,7 @@ class Job:
             texts,
             deltas,
             self.scale,
-            self.statistics,
+            statistics,
             encode(self.base.tokenizer, protected),
             covariance_weight=config.covariance_weight or width * min(max(0.2, 0.1 * (len(facts) / 100) ** 2), 1.0),
             null_space_threshold=config.null_space_threshold,
@@ -256,7 +270,7 @@ class Job:
             kl_factor=config.kl_factor,
             tail_factor=config.tail_factor,
             weight_decay=config.weight_decay,
-            clamp=config.clamp,
+            clamp=_GATED_CLAMP if config.gate and config.clamp is None and self.scale is not None else config.clamp,
             enough=config.enough,
             balance=config.balance,
             rotation=config.rotation,
@@ -291,6 +305,8 @@ def in_force(base: Base, factors: Mapping[str, Factors]) -> Iterator[None]:
 def _layers(base: Base, layout: Layout, config: SteamConfig, editor: str) -> tuple[int, ...]:
     if config.layers is not None:
         layers = tuple(sorted({layout.block(b) for b in config.layers}))
+    elif config.gate:
+        layers = (min(gate_block(layout) + 1, len(layout) - 1),)
     else:
         layers = tuple(layout.recall_blocks())
     return layers[-1:] if editor in ONE_BY_ONE else layers

@@ -13,14 +13,14 @@ from torch import nn
 from ...base import Base
 from ...errors import PackFormatError
 from ...facts import Fact
-from ...mentions import MentionAttachment
 from ...routing import GATE, fit_routing, gate_names, joined_routing, kept_routing, load_routing, validate_routing
 from ...scope import Entities
 from ...suffix import frozen
-from ...weights.attach import ActingAlone, Factors, WeightAttachment, check_changes
+from ...weights.attach import ActingAlone, Factors, WeightAttachment, check_changes, check_values
 from ...weights.editors import ONE_BY_ONE
 from .. import Fit, register_method
 from ..base import Attachment, require
+from ..scope.attachment import MentionAttachment
 from .again import NotRepeatableError, insert_again
 from .anchors import Anchors
 from .config import BaselineConfig, SteamConfig
@@ -84,12 +84,15 @@ class Steam:
             values = []
             for group in groups:
                 new = [facts[i] for i in group]
-                updates, found = job.fit(new, partial(job.objective, anchors, group), earlier)
+                objective = partial(job.objective, anchors, group)
+                if config.gate:
+                    tensors = appended(tensors, job.alone(new, objective), PARTS[:1])
+                    continue
+                updates, found = job.fit(new, objective, earlier)
                 values.append(found)
                 earlier += new
-                tensors = appended(tensors, updates, PARTS[:2] if config.gate else PARTS)
-                if not config.gate:
-                    stack.enter_context(job.in_force(updates))
+                tensors = appended(tensors, updates)
+                stack.enter_context(job.in_force(updates))
             everything = (*(previous.facts if previous else ()), *facts)
             gate = fit_routing(base, everything, before, clean, seed, progress, config.gate_quiet) if config.gate else {}
         notes = {str(fact.id): _note(anchors, i) for i, fact in enumerate(facts)} if anchors else {}
@@ -159,7 +162,7 @@ class Steam:
         """
         gate = joined_routing(one.tensors, other.tensors)
         own = {name: t for name, t in one.tensors.items() if name not in gate and name not in RECORD}
-        tensors = appended(own, {m: update_of(other, m) for m in other.modules}, PARTS[:2] if gate else PARTS)
+        tensors = appended(own, {m: update_of(other, m) for m in other.modules}, PARTS[:1] if gate else PARTS)
         rest = gate or Record.read(other.tensors).behind(one.tensors).tensors()
         return Fit(tensors | rest, tuple(sorted({*one.modules, *other.modules})), (*one.facts, *other.facts))
 
@@ -171,15 +174,16 @@ class Steam:
         of_gate = gate_names(fit.tensors)
         if bool(of_gate) != config.gate:
             raise PackFormatError(f"the pack says gate={config.gate} and has {'one' if of_gate else 'none'}")
-        parts = PARTS[:2] if of_gate else PARTS
+        parts = PARTS[:1] if of_gate else PARTS
         expected = {f"{module}.{part}" for module in fit.modules for part in parts} | (set() if of_gate else set(RECORD))
         if wrong := sorted(expected ^ (set(fit.tensors) - of_gate)):
             raise PackFormatError(f"the pack's tensors do not match its modules: {', '.join(wrong)[:300]}")
         for module in fit.modules:
-            left, right, *gram = (fit.tensors[f"{module}.{part}"] for part in parts)
-            if any(t.dtype != torch.float32 or t.dim() != 2 for t in (left, right, *gram)):
+            left, *rest = (fit.tensors[f"{module}.{part}"] for part in parts)
+            if any(t.dtype != torch.float32 or t.dim() != 2 for t in (left, *rest)):
                 raise PackFormatError(f"the factors of {module} must be float32 matrices")
-            if any(size != count for size in (left.shape[1], right.shape[0], *(n for g in gram for n in g.shape))):
+            counts = (left.shape[1], *(t.shape[0] for t in rest), *(t.shape[1] for t in rest[1:]))
+            if any(size != count for size in counts):
                 raise PackFormatError(f"the factors of {module} are not for {count} facts")
         if not fit.modules:
             raise PackFormatError("the pack changes no module" + (": it has a gate and nothing behind it" if of_gate else ""))
@@ -188,7 +192,9 @@ class Steam:
             validate_routing(fit.tensors, count, hidden, base)
         else:
             Record.validate(fit.tensors, count, len(fit.modules), hidden)
-        if base is not None:
+        if base is not None and of_gate:
+            check_values(_values(fit), base, config.edit_module)
+        elif base is not None:
             check_changes(self.factors(fit), base, config.edit_module)
 
     def factors(self, fit: Fit) -> dict[str, Factors]:
@@ -199,9 +205,14 @@ class Steam:
         """See `hf_edit.methods.Method.attach`."""
         if config.gate:
             modules: dict[str, nn.Module] = {name: base.model.get_submodule(name) for name in fit.modules}
-            effects = {modules[name]: ActingAlone(change) for name, change in self.factors(fit).items()}
+            effects = {modules[name]: ActingAlone(values.to(base.device)) for name, values in _values(fit).items()}
             return MentionAttachment(base, Entities.of(fit.facts), effects, load_routing(base, fit.tensors, fit.facts))
         return WeightAttachment(base.model, self.factors(fit))
+
+
+def _values(fit: Fit) -> dict[str, torch.Tensor]:
+    """What acts behind a gate, by module: [out, facts]."""
+    return {module: fit.tensors[f"{module}.left"] for module in fit.modules}
 
 
 def _note(anchors: Anchors, fact: int) -> str:

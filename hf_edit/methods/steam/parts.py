@@ -11,9 +11,9 @@ from ...weights.attach import Factors
 from ...weights.solve import Update
 from ..base import Fit
 
-__all__ = ["PARTS", "appended", "chosen", "update_of"]
+__all__ = ["PARTS", "alone", "appended", "chosen", "update_of"]
 
-PARTS = ("left", "right", "gram")  # behind a gate, the first two
+PARTS = ("left", "right", "gram")  # behind a gate the first, which holds the values
 _JOINED: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
     "left": partial(torch.cat, dim=1),
     "right": torch.cat,
@@ -28,8 +28,9 @@ def chosen(fit: Fit, keep: Sequence[int]) -> dict[str, torch.Tensor]:
     for module in fit.modules:
         left, right, gram = (fit.tensors.get(f"{module}.{part}") for part in PARTS)
         assert left is not None
-        assert right is not None
-        found |= {f"{module}.left": left[:, keep], f"{module}.right": right[keep]}
+        found[f"{module}.left"] = left[:, keep]
+        if right is not None:
+            found[f"{module}.right"] = right[keep]
         if gram is not None:
             found[f"{module}.gram"] = gram[keep][:, keep]
     return found
@@ -37,9 +38,15 @@ def chosen(fit: Fit, keep: Sequence[int]) -> dict[str, torch.Tensor]:
 
 def update_of(fit: Fit, module: str) -> Update:
     """A module's change in a pack."""
-    left, right = (fit.tensors[f"{module}.{part}"] for part in PARTS[:2])
-    alone = torch.zeros(1, 1).expand(len(right), len(right))  # behind a gate
-    return Update(Factors(left, right), fit.tensors.get(f"{module}.gram", alone))
+    left, right, gram = (fit.tensors.get(f"{module}.{part}") for part in PARTS)
+    assert left is not None
+    return alone(left) if right is None or gram is None else Update(Factors(left, right), gram)
+
+
+def alone(values: torch.Tensor) -> Update:
+    """Values that act one by one, [out, facts], which no key belongs to."""
+    count = values.shape[1]
+    return Update(Factors(values, torch.zeros(count, 0)), torch.zeros(1, 1).expand(count, count))
 
 
 def appended(
@@ -51,7 +58,7 @@ def appended(
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
         old.setdefault(module, {})[part] = tensor
-    counts = [next((len(side[m]["right"]) for m in side), 0) for side in (old, new)]
+    counts = [next((side[m]["left"].shape[1] for m in side), 0) for side in (old, new)]
     joined = {}
     for module in sorted({*old, *new}):
         like = old.get(module) or new[module]
@@ -59,7 +66,7 @@ def appended(
             side.get(module)
             or {
                 "left": torch.zeros(len(like["left"]), count),
-                "right": torch.zeros(count, like["right"].shape[1]),
+                "right": torch.zeros(count, like["right"].shape[1] if "right" in like else 0),
                 "gram": torch.zeros(1, 1).expand(count, count),
             }
             for side, count in zip((old, new), counts, strict=True)
