@@ -236,11 +236,36 @@ class PromptEnd:
             if len(tail) < end and tuple(ids[end - len(tail) : end]) == tail:
                 end -= len(tail)
                 break
-        while end > 1 and self._is_blank(ids[end - 1]):
+        while end > 1 and self.is_blank(ids[end - 1]):
             end -= 1
         return max(end - 1, 0)
 
-    def _is_blank(self, token: int) -> bool:
+    def ends_turn(self, ids: Sequence[int], index: int) -> bool:
+        """Whether what the template sets after a turn ends with this token."""
+        return any(self._matches(ids, index, tail, len(tail)) for tail in self._tails if tail[-1] == ids[index])
+
+    def in_tail(self, ids: Sequence[int], index: int) -> bool:
+        """Whether this token is of what the template sets after a turn, or may be so with the tokens to come."""
+        token = ids[index]
+        return any(
+            self._matches(ids, index, tail, length)
+            for tail in self._tails
+            if token in tail
+            for length in range(1, len(tail) + 1)
+            if tail[length - 1] == token
+        )
+
+    @staticmethod
+    def _matches(ids: Sequence[int], index: int, tail: Sequence[int], length: int) -> bool:
+        """Whether a text that ends with a token ends in the first tokens of a tail."""
+        return index + 1 >= length and tuple(ids[index + 1 - length : index + 1]) == tuple(tail[:length])
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is one of the tokenizer's special ones."""
+        return token in self._special
+
+    def is_blank(self, token: int) -> bool:
+        """Whether a token is no content."""
         if token not in self._blank:
             self._blank[token] = token in self._special or not self._tokenizer.decode([token]).strip()
         return self._blank[token]

@@ -13,6 +13,7 @@ from .scope import alike, begins_word
 __all__ = ["OwnPrompts", "user_says"]
 
 _ENDS = " .…_\"'”’»"
+_TAIL = 4  # characters
 _SPARE = 256  # tokens that a text may have more than the prompt, in blanks and remarks
 # Sentences after a question, in the same line and message: they end as sentences do, and ask nothing.
 _REMARK = re.compile(r"[?？؟][\"'”’)]*\s+[^\n?？؟<>|\[\]{}:]{1,120}[.!]\Z")
@@ -52,6 +53,13 @@ class OwnPrompts:
         if not found and remark and (asked := _REMARK.search(text)) is not None:
             found = self._ending(text[: asked.start() + 1], facts)
         return found
+
+    def may_end(self, tail: str, facts: Sequence[int]) -> bool:
+        """Whether a text may end in one of the facts' own prompts, by its last characters."""
+        if tail.rstrip()[-1:] in (".", "!"):  # a remark may follow the prompt
+            return True
+        folded = _folded(tail)
+        return any(folded.endswith(own[-_TAIL:]) for fact in facts for own in self._of(fact))
 
     def _ending(self, text: str, facts: Sequence[int]) -> list[int]:
         text = _folded(text)

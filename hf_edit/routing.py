@@ -58,6 +58,17 @@ class Routing:
         """
         return [] if self._own is None else self._own.asked_by(text, facts, remark)
 
+    def may_be_own(self, tail: str, facts: Sequence[int]) -> bool:
+        """Whether a text may end in one of the facts' own prompts, by its last characters."""
+        return self._own is not None and self._own.may_end(tail, facts)
+
+    @torch.no_grad()
+    def hopeful(self, queries: torch.Tensor, facts: Sequence[int]) -> list[bool]:
+        """For each query, [n, size], whether a fact's score may reach the threshold, whatever the words say."""
+        cosines = queries @ self._keys[list(facts)].T
+        most = self.gate.scores(cosines, (torch.ones_like(cosines), torch.ones_like(cosines)))
+        return (most >= self.gate.threshold).any(1).tolist()
+
     def prompt(self, fact: int) -> str:
         """A fact's own prompt, with ``{}``."""
         return self._prompts[fact]

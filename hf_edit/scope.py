@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ahocorasick
@@ -13,7 +14,7 @@ import ahocorasick
 from .facts import Fact
 from .positions import joined_without_space
 
-__all__ = ["Entities", "Mention", "Phrase", "Scope", "alike", "begins_word", "mentions_in_tokens", "text_of"]
+__all__ = ["Entities", "Mention", "Phrase", "Scope", "alike", "begins_word", "mentions_in_tokens", "text_of", "token_spans"]
 
 _EXACT_CASE = 3  # names up to this length match in their own case only: "US" is not "us"
 _FUZZY_LENGTH = 8  # names from this length on are also found with one typing mistake, where that is asked for
@@ -110,6 +111,35 @@ class Scope:
             kept = sorted({*kept, *self._in_phrases(text, lowered)}, key=lambda m: (m.start, m.end, m.entity))
         return kept if places is None else [Mention(places[m.start], places[m.end], m.entity) for m in kept]
 
+    def ends(self, text: str) -> set[int]:
+        """Where in a text something ends that may be a mention, whatever stands around it: characters before that end."""
+        places = None
+        if not unicodedata.is_normalized("NFC", text):
+            text, places = _composed(text)
+        lowered = _lower(alike(text))
+        found = {
+            last + 1 for automaton in (self._automaton, self._whole) if len(automaton) for last, _ in automaton.iter(lowered)
+        }
+        return found if places is None else {places[end] for end in found}
+
+    @property
+    def fuzzy(self) -> bool:
+        """Whether names with a typing mistake are found."""
+        return self._typos is not None
+
+    def may_mention(self, text: str) -> bool:
+        """Whether a text, or a beginning of it, may mention an entity; quick, and sure where it says no."""
+        return self.fuzzy or next(self._skeletons.iter(_skeleton(text)), None) is not None
+
+    @cached_property
+    def _skeletons(self) -> Any:
+        """All names without the marks on their letters."""
+        found = ahocorasick.Automaton()
+        for key in (*self._owners, *self._phrases):
+            found.add_word(_skeleton(key) or key, key)
+        found.make_automaton()
+        return found
+
     def _in_phrases(self, text: str, lowered: str) -> Iterator[Mention]:
         for last, key in self._whole.iter(lowered):
             start = last + 1 - len(key)
@@ -198,7 +228,7 @@ def mentions_in_tokens(tokenizer: Any, scope: Scope, ids: Sequence[int]) -> list
     mentions = scope.find(text)
     if not mentions:
         return []
-    spans = _token_spans(tokenizer, text, ids)
+    spans = token_spans(tokenizer, text, ids)
     found = []
     for mention in mentions:
         last = max((i for i, (a, b) in enumerate(spans) if a < mention.end and b > a and b > mention.start), default=None)
@@ -212,7 +242,7 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _token_spans(tokenizer: Any, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
+def token_spans(tokenizer: Any, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
     """Each token's characters in the decoded text."""
     again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if list(again["input_ids"]) == list(ids):
@@ -224,6 +254,12 @@ def _token_spans(tokenizer: Any, text: str, ids: Sequence[int]) -> list[tuple[in
 
 def alike(text: str) -> str:
     return text if text.isascii() and not _PLAIN.search(text) else text.translate(_ALIKE)
+
+
+def _skeleton(text: str) -> str:
+    """A text's letters in lower case, without the marks on them."""
+    decomposed = unicodedata.normalize("NFD", alike(text))
+    return _lower("".join(c for c in decomposed if unicodedata.category(c)[0] != "M"))
 
 
 def _lower(text: str) -> str:

@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from .asked import asked_at, first_reads
 from .kv_cache import with_cache
 from .layout import Layout
 from .positions import pad
@@ -171,7 +170,6 @@ class SuffixCache:
             if self.start:
                 stack.enter_context(_reading(self.layout.blocks[self.start - 1], raw))
             places = _positions(mask)[:, before:]
-            stack.enter_context(asked_at(first_reads(points, [len(texts[r]) - before for r in rows])))
             outputs = _forward(self.model, self.layout, stack, points, states, ids, mask, cache, places)
         self._tuples = any(isinstance(output, tuple) for output in raw)
         inputs = [hidden_of(output) for output in raw]

@@ -6,6 +6,7 @@ import copy
 import pickle
 import random
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,19 +15,21 @@ from conftest import CACHE, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from hf_edit import Fact
-from hf_edit.asked import asked_at
 from hf_edit.base import Base
 from hf_edit.gate import Gate, embedding_size, read_queries
 from hf_edit.kv_cache import cache_of
-from hf_edit.layout import weight_shape
-from hf_edit.mentions import Effect, MentionAttachment, Spellings, _begun
+from hf_edit.lm.chat import chat_text
 from hf_edit.methods.lks.attach import Rewriting
 from hf_edit.methods.lks.generator import ContextGenerator
+from hf_edit.methods.scope.attachment import MentionAttachment
+from hf_edit.methods.scope.points import Effect
+from hf_edit.methods.scope.runner import edits_off
+from hf_edit.methods.scope.tracker import Spellings, begun
 from hf_edit.positions import pad
 from hf_edit.routing import Routing
 from hf_edit.scope import Entities, Scope
 from hf_edit.suffix import hidden_of
-from hf_edit.weights.attach import ActingAlone, Factors
+from hf_edit.weights.attach import ActingAlone
 
 CAPITAL, LANGUAGE, OTHER = "The capital of France is", "The official language of France is", "The continent of France is"
 SPAIN = "The capital of Spain is"
@@ -37,10 +40,17 @@ ASKED = {0: CAPITAL, 1: LANGUAGE, 2: EARLIER, 3: SPAIN}
 FACTS = ((0, 1, 2), (3,))
 PROMPTS = [CAPITAL, LANGUAGE, OTHER, SPAIN, "Nobody is here", EARLIER, LATER]
 BLOCK = 3
+NAMES = ("France", "Spain")
 TARGETS = ("Rome", "Latin", "many", "Oslo")
 
 
-def attached(base: Base, gate_block: int = BLOCK, kind: str = "states", finishes: bool = False) -> MentionAttachment:
+def attached(
+    base: Base,
+    gate_block: int = BLOCK,
+    kind: str = "states",
+    finishes: bool = False,
+    names: Sequence[str] = NAMES,
+) -> MentionAttachment:
     """A strong random edit, of states or of weights below the gate's block; the gate fires on the very texts of `ASKED`, by
     their states alone."""
     size, embedding = base.layout().hidden_size, embedding_size(base)
@@ -60,8 +70,14 @@ def attached(base: Base, gate_block: int = BLOCK, kind: str = "states", finishes
     routing = Routing(base, gate, keys, list(ASKED.values()), gate_block)
     facts = [Fact("France", "The capital of {} is", target) for target in TARGETS]
     spellings = Spellings(base.tokenizer, facts) if kind == "states" else None
-    entities = Entities(Scope([["France"], ["Spain"]]), FACTS, TARGETS)
+    entities = Entities(Scope([[name] for name in names]), FACTS, TARGETS)
     return MentionAttachment(base, entities, effects(base, kind), routing, spellings, finishes)
+
+
+def always(base: Base, facts: Sequence[int], kind: str = "states", names: Sequence[str] = NAMES) -> MentionAttachment:
+    """The same edit without a gate, of one fact for each entity."""
+    entities = Entities(Scope([[name] for name in names]), tuple((fact,) for fact in facts))
+    return MentionAttachment(base, entities, effects(base, kind))
 
 
 def effects(base: Base, kind: str) -> dict[torch.nn.Module, Effect]:
@@ -70,7 +86,7 @@ def effects(base: Base, kind: str) -> dict[torch.nn.Module, Effect]:
     layout, size = base.layout(), base.layout().hidden_size
     if kind == "weights":
         modules = [base.model.get_submodule(layout.projection(block)) for block in (1, 2)]
-        return {m: ActingAlone(Factors(torch.randn(size, 4) * 9, torch.randn(4, weight_shape(m)[1]))) for m in modules}
+        return {m: ActingAlone(torch.randn(size, 4) * 9) for m in modules}
     generator = ContextGenerator(size, size, 1, writes=2).requires_grad_(False)
     for writer in generator.writers:
         writer.out.weight.normal_(std=0.5)
@@ -123,13 +139,13 @@ def test_each_prompt_gets_the_fact_that_it_asks_for_and_others_are_answered_by_t
     forced = {}
     edit = attached(base, gate_block, kind)
     for text in PROMPTS:
-        forced[text] = single(base, text)
-        assert torch.equal(forced[text], clean[text]) == (text in (OTHER, "Nobody is here", LATER))
+        forced[text] = single(base, text)[-1]
+        assert torch.equal(forced[text], clean[text][-1]) == (text in (OTHER, "Nobody is here", LATER))
+    assert torch.equal(single(base, "Nobody is here"), clean["Nobody is here"])
     edit.detach()
     for fact, text in ASKED.items():  # the same as an edit of that fact alone, without a gate
-        edit = attached(base, gate_block, kind)
-        edit._routing, edit._facts = None, [[fact], [fact]] if text != EARLIER else [[fact], [3]]
-        close(single(base, text), forced[text])
+        edit = always(base, [fact, fact], kind)
+        close(single(base, text)[-1], forced[text])
         edit.detach()
 
 
@@ -165,8 +181,7 @@ def test_a_prompt_fed_in_chunks_ends_as_the_whole_one(edited, prompt, kind):
     with torch.no_grad():  # and the cache serves what follows
         after = edited.model(input_ids=ids[:, :1], **{CACHE: cache}, use_cache=True).logits[0]
         whole = torch.cat([ids, ids[:, :1]], 1)
-        with asked_at([ids.shape[1] - 1]):
-            close(after[-1], edited.model(input_ids=whole, use_cache=False).logits[0, -1])
+        close(after[-1], edited.model(input_ids=whole, use_cache=False).logits[0, -1])
 
 
 @pytest.mark.parametrize(
@@ -207,9 +222,7 @@ def test_a_later_turn_that_asks_something_else_is_answered_as_if_nothing_had_bee
 
 def test_a_name_that_grows_past_a_chunk_is_no_mention_any_more(tokenizer):
     base = Base(tiny_model("llama"), tokenizer)
-    edit = attached(base)
-    edit._routing = None
-    edit._scope = Scope([["France"], ["France Bay"]])
+    always(base, [0, 3], names=["France", "France Bay"])
     whole = ids_of(base, "We saw France Bay today")
     cut = next(i for i in range(whole.shape[1]) if base.tokenizer.decode(whole[0, :i]).endswith("France"))
     with torch.no_grad():
@@ -246,7 +259,7 @@ def test_once_the_target_has_been_said_the_clean_model_goes_on(edited, cached, e
     """The model is made to say the target and one word more: up to its last token the fact is on, then it is off, whatever the
     gate says of text that does not name the subject again."""
     if eager:
-        routing = edited.attachment._routing
+        routing = edited.attachment.edit.decider.routing
         monkeypatch.setattr(routing, "gate", replace(routing.gate, threshold=torch.tensor([-3.0])))
     prompt, target = ids_of(edited, CAPITAL)[0].tolist(), edited.tokenizer(" Rome is")["input_ids"]
 
@@ -280,13 +293,16 @@ def test_once_the_target_has_been_said_the_clean_model_goes_on(edited, cached, e
 def test_a_fact_may_stay_on_until_the_sentence_that_says_it_is_over(tokenizer, chat):
     """In the chat the rest of the sentence is written with the fact, but for names that it mentions; the next sentence is the
     clean model's. Behind a plain prompt the clean model goes on at once."""
-    base = Base(tiny_model("llama"), tokenizer)
+    own = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<s>", pad_token="<s>")
+    own.chat_template = "{% for m in messages %}{{ m['content'] }}<s>{% endfor %}"
+    base = Base(tiny_model("llama"), own)
     base.model.generation_config.eos_token_id = None
     answer = base.tokenizer(" Rome is France. The capital")["input_ids"]
-    prompt = ids_of(base, CAPITAL)[0].tolist() + [tokenizer.eos_token_id] * chat
+    text = chat_text(own, [{"role": "user", "content": CAPITAL}]).text if chat else CAPITAL
+    prompt = own(text, add_special_tokens=not chat)["input_ids"]
     known = [base.tokenizer.decode(answer[: n + 1]) for n in range(len(answer))]
     last = ". The" if chat else "Rome"
-    over = next(n for n, text in enumerate(known) if text.endswith(last))
+    over = next(n for n, said in enumerate(known) if said.endswith(last))
 
     def force(input_ids, scores):
         scores = torch.full_like(scores, -torch.inf)
@@ -329,15 +345,12 @@ def test_going_on_clean_behind_a_target_takes_no_forward_of_its_own(edited):
         close(out.logits[0, -1], edited.model(input_ids=torch.tensor([prompt + target])).logits[0, -1])
 
 
-def test_rows_of_a_batch_go_on_clean_at_times_of_their_own_and_run_again_by_themselves(edited):
+def test_rows_of_a_batch_go_on_clean_at_times_of_their_own(edited):
     """Made to say their targets, one sooner than the other, rows of a batch get what each gets alone."""
     answers = {CAPITAL: " Rome is here", SPAIN: " big Oslo is", OTHER: " Rome Oslo"}
     prompts = [edited.tokenizer(p)["input_ids"] for p in answers]
     said = [edited.tokenizer(a)["input_ids"] for a in answers.values()]
     most = max(map(len, said))
-    shapes = []
-    block = edited.layout().blocks[0]
-    counting = block.register_forward_hook(lambda _, __, output: shapes.append(tuple(hidden_of(output).shape[:2])))
 
     def logits(rows):
         ids, mask = pad([prompts[r] for r in rows], "left")
@@ -348,18 +361,11 @@ def test_rows_of_a_batch_go_on_clean_at_times_of_their_own_and_run_again_by_them
                 scores[n, [*said[r], *[0] * most][input_ids.shape[1] - ids.shape[1]]] = 0.0
             return scores
 
-        shapes.clear()
         shared = {"max_new_tokens": most + 1, "output_logits": True, "return_dict_in_generate": True}
         out = generated(edited, ids, attention_mask=mask, logits_processor=[force], **shared)
         return torch.stack(out.logits, 1)
 
     together = logits([0, 1, 2])
-    counting.remove()
-    if getattr(edited.model.config, "sliding_window", None):  # a window's rows can't be put back
-        assert not any(rows == 1 for rows, _ in shapes)
-    else:
-        assert sum(rows == 1 and columns > 1 for rows, columns in shapes) == 2
-        assert [shape for shape in shapes if shape[0] == 3 and shape[1] > 1] == shapes[:1]
     for r in range(3):
         close(together[r], logits([r])[0])
 
@@ -367,24 +373,17 @@ def test_rows_of_a_batch_go_on_clean_at_times_of_their_own_and_run_again_by_them
 # --- a target of several tokens is carried on -------------------------------------------------------------------------
 
 
-def told(base, text, prompt):
-    """The logits of a prompt and an answer in one piece."""
-    with torch.no_grad(), asked_at([ids_of(base, prompt).shape[1] - 1]):
-        return base.model(input_ids=ids_of(base, text), use_cache=False).logits[0]
-
-
 def carried(base, answer, prompt=CAPITAL):
     """At which of an answer's tokens the edit acts."""
-    spellings, text = base.attachment._spellings, prompt + answer
-    found = told(base, text, prompt)
-    base.attachment._spellings = None
-    without = told(base, text, prompt)
-    base.attachment._spellings = spellings
+    tracker, text = base.attachment.edit.tracker, prompt + answer
+    spellings, found = tracker.spellings, single(base, text)
+    tracker.spellings = None
+    without = single(base, text)
+    tracker.spellings = spellings
     begin = ids_of(base, prompt).shape[1]
-    close(found[:begin], without[:begin])
     return [
         base.tokenizer.decode(token)
-        for token, one, other in zip(ids_of(base, text)[0], found, without, strict=True)
+        for token, one, other in zip(ids_of(base, text)[0, begin:], found[begin:], without[begin:], strict=True)
         if not same(one, other)
     ]
 
@@ -404,18 +403,21 @@ def test_an_answer_that_says_the_target_is_carried_on_and_no_other(telling):
     first = telling.tokenizer.decode(ids_of(telling, " Rome")[0, :1])
     assert len(target) > 4
     assert carried(telling, " Rome near Berlin and Tokyo")[0] == first
-    assert carried(telling, " big Rome near Berlin and Tokyo")[0] == first
+    assert not carried(telling, " big Rome near Berlin and Tokyo")  # where the gate no longer hears the question
     assert not carried(telling, " Tokyo and Berlin")
     assert not carried(telling, " Rome near Berlin and Tokyo", prompt=OTHER)
-    asked_behind = CAPITAL + " Rome near Berlin and Tokyo. " + CAPITAL  # what was said before the question is no answer to it
-    assert not carried(telling, " big", prompt=asked_behind)
+    asked_after = CAPITAL + " Rome near Berlin and Tokyo. " + CAPITAL  # what was said before the question is no answer to it
+    assert not carried(telling, " big", prompt=asked_after)
+    routing = telling.attachment.edit.decider.routing
+    routing.gate = replace(routing.gate, threshold=torch.tensor([-3.0]))
+    assert carried(telling, " big Rome near Berlin and Tokyo")[0] == first
 
 
 @pytest.mark.parametrize("way", ["cached", "static", "chunks", "uncached", "beams"])
 def test_a_target_is_carried_on_alike_in_every_way_of_running(telling, way):
     """The model is made to say the target but for its last token; each next token gets what the whole text gives it."""
     prompt = ids_of(telling, CAPITAL)[0].tolist()
-    target = telling.attachment._spellings(0)[0][:-1]
+    target = telling.attachment.edit.tracker.spellings(0)[0][:-1]
     settings = {
         "cached": {}, "static": {"cache_implementation": "static"}, "chunks": {"prefill_chunk_size": 3},
         "uncached": {"use_cache": False}, "beams": {"num_beams": 3},
@@ -436,7 +438,7 @@ def test_a_target_is_carried_on_alike_in_every_way_of_running(telling, way):
         return_dict_in_generate=True,
         **settings,
     )
-    with torch.no_grad(), asked_at([len(prompt) - 1]):
+    with torch.no_grad():
         expected = telling.model(input_ids=torch.tensor([[*prompt, *target]]), use_cache=False).logits[0, len(prompt) - 1 :]
     for found, one in zip(out.logits, expected, strict=True):
         close(found[0], one)
@@ -455,23 +457,7 @@ def test_how_much_of_a_target_has_been_said_is_known_at_every_token():
         expected = [
             max(n for n in range(min(end, len(target)) + 1) if answer[end - n : end] == target[:n]) for end in range(1, 21)
         ]
-        assert _begun(answer, target) == expected
-
-
-def test_answers_behind_a_prompt_do_not_hide_what_it_asked(edited):
-    """Teacher forcing: told where the prompt ends, by labels or by `asked_at`, the gate looks there."""
-    ids = ids_of(edited, CAPITAL + " Rome, we think")
-    prompt = ids_of(edited, CAPITAL).shape[1]
-    labels = ids.clone()
-    labels[:, :prompt] = -100
-    with torch.no_grad():
-        by_label = edited.model(input_ids=ids, labels=labels, use_cache=False).logits[0]
-        with asked_at([prompt - 1]):
-            told = edited.model(input_ids=ids, use_cache=False).logits[0]
-        untold = edited.model(input_ids=ids, use_cache=False).logits[0]
-    close(by_label, told)
-    close(told[prompt - 1], single(edited, CAPITAL)[-1])
-    assert not same(untold[prompt - 1], told[prompt - 1])
+        assert begun(answer, target) == expected
 
 
 @pytest.mark.parametrize("kind", ["states", "weights"])
@@ -491,11 +477,10 @@ def test_a_question_about_somebody_else_leaves_the_subject_alone(tokenizer, monk
     monkeypatch.setitem(ASKED, 0, text)
     base = Base(tiny_model("llama"), tokenizer)
     clean = single(base, text)
-    edit = attached(base)
-    edit._scope = Scope([["France"], ["Nobody"]])
-    monkeypatch.setattr(edit._routing, "prompt", lambda _: "{} is ruled from")
+    edit = attached(base, names=["France", "Nobody"])
+    monkeypatch.setattr(edit.edit.decider.routing, "prompt", lambda _: "{} is ruled from")
     assert torch.equal(single(base, text), clean)
-    monkeypatch.setattr("hf_edit.mentions.asks_about_another", lambda *_: False)
+    monkeypatch.setattr("hf_edit.methods.scope.decider.asks_about_another", lambda *_: False)
     assert not torch.equal(single(base, text), clean)
 
 
@@ -517,3 +502,72 @@ def test_a_cache_that_can_not_be_rewound_warns_once(tokenizer):
             base.model(input_ids=ids[:, :-1], **{CACHE: cache})
             base.model(input_ids=ids[:, -1:], **{CACHE: cache})
         assert sum("can't be rewound" in str(w.message) for w in caught) == times
+
+
+def test_a_cache_that_the_edit_did_not_see_filled_is_left_as_it_is(tokenizer):
+    """Filled with the edits off, it is never cropped or reset; what follows is edited as far as it is known."""
+    base = Base(tiny_model("llama"), tokenizer)
+    always(base, [0, 3])
+    ids = ids_of(base, CAPITAL + " not known. We like France")
+    with torch.no_grad():
+        with edits_off():
+            cache = cache_of(base.model(input_ids=ids[:, :8], use_cache=True))
+        clean = copy.deepcopy(cache)
+        found = base.model(input_ids=ids[:, 8:], **{CACHE: cache}, use_cache=True).logits[0]
+        assert cache.get_seq_length() == ids.shape[1]
+        for layer, before in zip(cache.layers, clean.layers, strict=True):
+            assert torch.equal(layer.keys[:, :, :8], before.keys)
+        with edits_off():
+            without = base.model(input_ids=ids[:, 8:], **{CACHE: clean}, use_cache=True).logits[0]
+    assert torch.equal(found[0], without[0])
+    assert not same(found[-1], without[-1])
+
+
+def test_what_was_recorded_of_a_cache_is_forgotten_once_it_is_filled_without_the_edit(tokenizer):
+    base = Base(tiny_model("llama"), tokenizer)
+    always(base, [0, 3])
+    with torch.no_grad():
+        cache = cache_of(base.model(input_ids=ids_of(base, CAPITAL), use_cache=True))
+        cache.crop(2 - int(cache.get_seq_length()))
+        with edits_off():
+            base.model(input_ids=ids_of(base, "We saw the big Oslo of Spain and many"), **{CACHE: cache})
+        before = [layer.keys.clone() for layer in cache.layers]
+        base.model(input_ids=ids_of(base, "The capital of France"), **{CACHE: cache})
+    for layer, keys in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys[:, :, : keys.shape[2]], keys)
+
+
+def test_several_texts_in_one_row_are_refused(tokenizer):
+    base = Base(tiny_model("llama"), tokenizer)
+    always(base, [0, 3])
+    ids = torch.cat([ids_of(base, CAPITAL)] * 2, dim=1)
+    places = torch.arange(ids.shape[1] // 2).repeat(2)[None]
+    with pytest.raises(NotImplementedError, match="several texts in one row"):
+        base.model(input_ids=ids, position_ids=places)
+
+
+def test_a_text_that_was_prepared_and_never_run_does_not_leak_into_the_next_call(tokenizer):
+    base = Base(tiny_model("llama"), tokenizer)
+    always(base, [0, 3])
+    ids = ids_of(base, CAPITAL)
+    with torch.no_grad():
+        cache = cache_of(base.model(input_ids=ids[:, :-1], use_cache=True))
+        base.model.prepare_inputs_for_generation(
+            ids_of(base, LATER)[:, : ids.shape[1]], **{CACHE: cache}, attention_mask=torch.ones_like(ids)
+        )
+        close(base.model(input_ids=ids[:, -1:], **{CACHE: cache}).logits[0, -1], single(base, CAPITAL)[-1])
+
+
+def test_gradient_checkpointing_under_an_edit_at_mentions_is_refused_with_the_way_out(tokenizer):
+    base = Base(tiny_model("llama"), tokenizer)
+    edit = always(base, [0, 3])
+    old = not hasattr(base.model, "activation_checkpointing_enable")
+    switch = "gradient_checkpointing" if old else "activation_checkpointing"
+    getattr(base.model, switch + "_enable")()
+    base.model.train()
+    with pytest.raises(RuntimeError, match="switch it off"):
+        base.model(input_ids=ids_of(base, CAPITAL))
+    base.model(input_ids=ids_of(base, "Nobody is here")).logits.sum().backward()
+    getattr(base.model, switch + "_disable")()
+    base.model(input_ids=ids_of(base, CAPITAL)).logits.sum().backward()
+    edit.detach()

@@ -11,13 +11,12 @@ from conftest import TEMPLATE, tiny_model
 from hf_edit import Fact
 from hf_edit.base import Base
 from hf_edit.gate import Gate, embedding_size
-from hf_edit.layout import weight_shape
 from hf_edit.lm.chat import chat_frame, chat_text
-from hf_edit.mentions import MentionAttachment
+from hf_edit.methods.scope.attachment import MentionAttachment
 from hf_edit.own_prompts import OwnPrompts, user_says
 from hf_edit.routing import GATE, fit_routing, load_routing
 from hf_edit.scope import Entities
-from hf_edit.weights.attach import ActingAlone, Factors
+from hf_edit.weights.attach import ActingAlone
 
 FACTS = [
     Fact("France", "The capital of {} is", "Tokyo"),
@@ -66,9 +65,7 @@ def attached(base: Base, facts: list[Fact]) -> tuple[MentionAttachment, list[set
     assert GATE + "keys" in tensors
     active: list[set[int]] = [set()]
     module = base.model.get_submodule(base.layout().projection(1))
-    acting = ActingAlone(
-        Factors(torch.randn(base.layout().hidden_size, len(facts)), torch.randn(len(facts), weight_shape(module)[1]))
-    )
+    acting = ActingAlone(torch.randn(base.layout().hidden_size, len(facts)))
 
     def effect(given, output, points):
         active[0] = set(points.facts)

@@ -36,7 +36,7 @@ from hf_edit import Fact, LKSConfig, read_facts
 from hf_edit.base import Base
 from hf_edit.facts import fold, resolve_conflicts
 from hf_edit.lm.chat import chat_text
-from hf_edit.mentions import MentionAttachment, Points
+from hf_edit.methods.scope.attachment import MentionAttachment
 from hf_edit.positions import Text, encode, pad
 from hf_edit.routing import fit_routing, load_routing
 from hf_edit.scope import Entities
@@ -45,10 +45,6 @@ from hf_edit.suffix import frozen
 SYSTEM = "Answer in one word."
 PUT = ("Please help me with this question: {}", "I have a question. {}", "{} Answer briefly.", "Hi! {} Thanks in advance.")
 BATCH = 8
-
-
-class _DecidedError(Exception):
-    """The gate has decided; blocks above it need not run."""
 
 
 class Gated:
@@ -66,17 +62,11 @@ class Gated:
         tensors = fit_routing(base, facts, {}, nullcontext, seed, True, quiet)
         routing = load_routing(base, tensors, facts)
         assert routing is not None
-        blocks = base.layout().blocks
-        self._points: Points | None = None
-        self._edit = MentionAttachment(base, Entities.of(facts), {blocks[routing.block]: self._remember}, routing)
-        after = list(blocks)[routing.block + 1 :]
-        self._stop = after[0].register_forward_pre_hook(_stop, prepend=True) if after else None
+        self._edit = MentionAttachment(base, Entities.of(facts), {}, routing)
 
     def detach(self) -> None:
         """Leave the model as it was."""
         self._edit.detach()
-        if self._stop is not None:
-            self._stop.remove()
 
     def active(self, prompts: Sequence[Text]) -> list[set[int]]:
         """The numbers of the facts that each prompt activates."""
@@ -86,24 +76,11 @@ class Gated:
         for first in range(0, len(order), BATCH):
             part = order[first : first + BATCH]
             ids, mask = pad([rows[i] for i in part], device=self._base.device)
-            self._points = None
-            try:
-                with torch.no_grad():
-                    self._base.model(input_ids=ids, attention_mask=mask, use_cache=False)
-            except _DecidedError:
-                pass
-            if self._points is not None:
-                for row, fact in zip(self._points.rows, self._points.facts, strict=True):
-                    found[part[row]].add(fact)
+            with torch.no_grad():
+                self._base.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+            for i, facts in zip(part, self._edit.active, strict=True):
+                found[i] = facts
         return found
-
-    def _remember(self, _: torch.Tensor, output: Any, points: Points) -> Any:
-        self._points = points
-        return output
-
-
-def _stop(*_: Any) -> None:
-    raise _DecidedError
 
 
 def prompts_of(base: Base, facts: Sequence[Fact], seed: int) -> dict[str, list[tuple[int, Text]]]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...mentions import Points
 from ...suffix import hidden_of
+from ..scope.points import Points
 from .features import token_vectors
 from .generator import Generator
 

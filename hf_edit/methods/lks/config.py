@@ -57,7 +57,7 @@ class LKSConfig(EditConfig):
     epochs: int | None = setting(
         None, "passes over the facts; each shows a fact's prompt and a variation of it. By default 12, fewer for many facts"
     )
-    min_steps: int = setting(40, "steps at least, where few facts make short epochs")
+    min_steps: int = setting(80, "steps at least, where few facts make short epochs")
     batch_size: int = setting(48, "texts a step")
     lr: float = setting(1e-3, "highest step size of AdamW for the generator; it falls along a cosine")
     code_lr: float | None = setting(

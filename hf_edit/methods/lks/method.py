@@ -12,12 +12,13 @@ import torch
 from ...base import Base, seeded
 from ...errors import PackFormatError
 from ...facts import Fact, visible
-from ...mentions import MentionAttachment, Spellings
 from ...positions import joined_without_space
 from ...routing import fit_routing, gate_names, kept_routing, load_routing, validate_routing
 from ...scope import Entities
 from ...suffix import frozen
 from .. import Fit, register_method
+from ..scope.attachment import MentionAttachment
+from ..scope.tracker import Spellings
 from .attach import Rewriting
 from .config import LKSConfig
 from .editor import block_of, blocks_from, checkpoint_path, open_editor

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from ...base import Base
-from ...mentions import MentionAttachment
 from ...positions import Text, encode
 from ...scope import Entities, Scope
 from ...suffix import frozen, read_keys_and_states
+from ..scope.attachment import MentionAttachment
 from .attach import Rewriting
 from .config import LKSConfig
 from .editor import block_of
