@@ -197,6 +197,20 @@ def test_names_whose_characters_take_several_tokens_are_found_alike_by_every_pre
     close(fed(base, ids, 1, DynamicCache()), alone(base, ids))
 
 
+def test_positions_that_do_not_begin_at_zero_are_kept_when_tokens_run_again(tokenizer):
+    base = Base(tiny_model("gpt2"), tokenizer)
+    base.attachment = attached(base)
+    generous(base, 0.2)
+    ids = ids_of(base, TEXTS[0])
+    places = torch.arange(ids.shape[1])[None] + 7
+    with torch.no_grad():
+        expected = base.model(input_ids=ids, position_ids=places, use_cache=False).logits[0]
+        found, cache = [], DynamicCache()
+        for piece, where in zip(ids.split(4, 1), places.split(4, 1), strict=True):
+            found.append(base.model(input_ids=piece, position_ids=where, **{CACHE: cache}).logits[0])
+    close(torch.cat(found), expected)
+
+
 def test_hidden_states_are_put_together_like_the_logits(edited):
     generous(edited, 0.97)
     ids = ids_of(edited, TEXTS[0])

@@ -12,6 +12,9 @@ What the hooks have to keep, and why:
   that it is copied and dropped with it.
 - `prepare_inputs_for_generation` shows the whole text, since beams change places in the cache behind the decoder's back.
 - A thread-local tells the hooks on modules which run they are in.
+
+What is not known: an edit with a gate that is attached between two calls over one cache has not been asked about the tokens
+before, and acts by what follows.
 """
 
 from __future__ import annotations
@@ -87,6 +90,7 @@ class _Row:
         real: the columns that hold tokens.
         states: by edit, the state after each token that was run.
         applied: by edit, what acts in the cache.
+        places: the position that each column was run at; empty where the caller left that to the model.
         begin: how many tokens were run before this call.
         touched: by edit, the new tokens after which the mentions may be others.
         mentions: by edit, those of the whole text.
@@ -99,6 +103,7 @@ class _Row:
     real: list[int]
     states: dict[str, list[State]]
     applied: Writes
+    places: list[int] = field(default_factory=list)
     begin: int = 0
     touched: dict[str, set[int]] = field(default_factory=dict)
     mentions: dict[str, Mentions] = field(default_factory=dict)
@@ -115,7 +120,8 @@ class _Row:
         """What was known when the text had so many columns."""
         real = [c for c in self.real if c < columns]
         states = {key: states[: len(real)] for key, states in self.states.items()}
-        return _Row(self.tokens[:columns], real, states, {key: _upto(w, len(real) - 1) for key, w in self.applied.items()})
+        applied = {key: _upto(w, len(real) - 1) for key, w in self.applied.items()}
+        return _Row(self.tokens[:columns], real, states, applied, self.places[:columns])
 
     @property
     def live(self) -> bool:
@@ -325,10 +331,14 @@ class Runner:
         fits = isinstance(mask, torch.Tensor) and mask.dim() == 2 and len(mask) == len(text)
         mask = mask[:, hidden : hidden + text.shape[1]] if fits and mask.shape[1] >= hidden + text.shape[1] else None
         there = None if mask is None else mask.bool().tolist()
+        given: Any = arguments.get("position_ids")
+        numbered = isinstance(given, torch.Tensor) and given.dim() == 2 and given.shape[1] == ids.shape[1]
+        places = given.expand(len(ids), -1).tolist() if numbered else [[]] * len(ids)
         rows = []
         for number, (row, tokens) in enumerate(zip(past, text.tolist(), strict=True)):
             new = [c for c in range(first, len(tokens)) if there is None or there[number][c]]
-            rows.append(_Row(tokens, row.real + new, row.states, row.applied, begin=len(row.real)))
+            own = row.places + places[number] if len(row.places) == first else []
+            rows.append(_Row(tokens, row.real + new, row.states, row.applied, own, begin=len(row.real)))
             for edit in self.edits:
                 self._find(edit, rows[-1])
         return _Call(arguments, text, mask, hidden, first, rows, cache)
@@ -450,7 +460,7 @@ class Runner:
         for edit in self.edits:
             edit.last = [{a.fact for a in row.states[edit.key][-1].active} if row.real else set() for row in call.rows]
         if hasattr(call.cache, "__dict__"):
-            record = [_Row(row.tokens, row.real, row.states, row.applied) for row in call.rows]
+            record = [_Row(row.tokens, row.real, row.states, row.applied, row.places) for row in call.rows]
             call.cache.__dict__.setdefault(_RECORD, {})[self._key] = call.hidden, record, _first_keys(call.cache)
         changed = _assembled(call)
         return call.runs[0].output.to_tuple() if call.as_tuple else changed
@@ -590,7 +600,10 @@ class Runner:
         places = call.arguments.get("position_ids")
         if places is not None and begin >= call.first:
             arguments["position_ids"] = places[..., begin - call.first :]
-        elif places is not None:  # everything is known then
+        elif places is not None and all(len(row.places) == call.columns for row in call.rows):
+            known = torch.tensor([row.places for row in call.rows], dtype=places.dtype, device=places.device)
+            arguments["position_ids"] = known[:, begin:]
+        elif places is not None:
             there = torch.ones_like(call.text) if call.mask is None else call.mask.long()
             arguments["position_ids"] = (there.cumsum(1) - 1).clamp(min=0)[:, begin:]
         return with_cache(decoder.forward, arguments, call.cache)
