@@ -328,6 +328,7 @@ class Runner:
         mask: Any = arguments.get("attention_mask")
         if not (isinstance(mask, torch.Tensor) and mask.dim() == 2) and shown is not None and shown[1] is cache:
             mask = shown[2]
+        mask = _of_columns(mask, len(text))
         fits = isinstance(mask, torch.Tensor) and mask.dim() == 2 and len(mask) == len(text)
         mask = mask[:, hidden : hidden + text.shape[1]] if fits and mask.shape[1] >= hidden + text.shape[1] else None
         there = None if mask is None else mask.bool().tolist()
@@ -683,6 +684,15 @@ def _rows_kept(before: torch.Tensor | None, now: torch.Tensor | None, length: in
         return list(range(len(now)))
     same = (other.flatten(1)[:, None] == one.flatten(1)[None]).all(-1)  # [rows now, rows before]
     return same.int().argmax(1).tolist() if bool(same.any(1).all()) else [-1]
+
+
+def _of_columns(mask: Any, rows: int) -> Any:
+    """A mask of two dimensions for one of four: the columns that the last token attends to."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        return mask
+    last = mask[:, 0, -1]
+    last = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+    return last.expand(rows, -1).long()
 
 
 def _check_one_text_a_row(arguments: Mapping[str, Any]) -> None:
