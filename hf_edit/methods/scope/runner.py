@@ -676,14 +676,14 @@ def _first_keys(cache: Any) -> torch.Tensor | None:
 
 def _rows_kept(before: torch.Tensor | None, now: torch.Tensor | None, length: int) -> list[int] | None:
     """For each row of a cache the one that it was when its record was made, by its last keys: rows are reordered, repeated and
-    taken out. None where that can't be told."""
+    taken out. Empty where one is of another cache, None where that can't be told."""
     if before is None or now is None or before is now or before.shape[2] < length or before.device != now.device:
         return None
     one, other = before[:, :, length - 1], now[:, :, length - 1]
     if one.shape == other.shape and torch.equal(one, other):
         return list(range(len(now)))
     same = (other.flatten(1)[:, None] == one.flatten(1)[None]).all(-1)  # [rows now, rows before]
-    return same.int().argmax(1).tolist() if bool(same.any(1).all()) else [-1]
+    return same.int().argmax(1).tolist() if bool(same.any(1).all()) else []
 
 
 def _of_columns(mask: Any, rows: int) -> Any:
