@@ -240,6 +240,12 @@ class PromptEnd:
             end -= 1
         return max(end - 1, 0)
 
+    @property
+    def spread(self) -> int:
+        """How many tokens the longest of what may end a turn has more than the shortest."""
+        sizes = [len(tail) for tail in self._tails]
+        return max(sizes) - min(sizes) if sizes else 0
+
     def ends_turn(self, ids: Sequence[int], index: int) -> bool:
         """Whether what the template sets after a turn ends with this token."""
         return any(self._matches(ids, index, tail, len(tail)) for tail in self._tails if tail[-1] == ids[index])

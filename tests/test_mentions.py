@@ -24,7 +24,7 @@ from hf_edit.methods.lks.generator import ContextGenerator
 from hf_edit.methods.scope.attachment import MentionAttachment
 from hf_edit.methods.scope.points import Effect
 from hf_edit.methods.scope.runner import edits_off
-from hf_edit.methods.scope.tracker import Spellings, begun
+from hf_edit.methods.scope.tracker import EMPTY, Spellings, Tracker, begun
 from hf_edit.positions import pad
 from hf_edit.routing import Routing
 from hf_edit.scope import Entities, Scope
@@ -544,6 +544,19 @@ def test_several_texts_in_one_row_are_refused(tokenizer):
     places = torch.arange(ids.shape[1] // 2).repeat(2)[None]
     with pytest.raises(NotImplementedError, match="several texts in one row"):
         base.model(input_ids=ids, position_ids=places)
+
+
+def test_in_a_chat_the_answer_may_ask_about_names_of_this_turn_and_the_one_before(tokenizer):
+    own = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<s>", pad_token="<s>")
+    own.chat_template = "{% for m in messages %}{{ m['content'] }}<s>{% endfor %}"
+    tracker = Tracker(own, Entities(Scope([[name] for name in NAMES]), FACTS, TARGETS), True)
+    for text, near in (("France<s> a<s> b<s> c", False), ("a<s> b<s> France<s> c", True), ("a<s> France<s> b<s> c", False)):
+        ids = own(text, add_special_tokens=False)["input_ids"]
+        touched, state = tracker.touched(ids, 0), EMPTY
+        for index in range(len(ids)):
+            asked = ((0, 0),) if index == len(ids) - 1 else ()
+            state = tracker.next(state, ids, index, index in touched, asked)
+        assert bool(state.active) == near, text
 
 
 def test_a_text_that_was_prepared_and_never_run_does_not_leak_into_the_next_call(tokenizer):

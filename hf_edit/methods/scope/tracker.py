@@ -10,6 +10,7 @@ the same however a text is cut into runs.
   of the answer's words, until its target has been said, the turn ends, or the answer is longer than any target.
 - Once its target has been said, the fact is inactive until the text mentions the entity again. In an answer in the chat, an
   edit that can finish its sentences keeps it active up to the end of that sentence.
+- In a chat, an answer's own words may ask about names of its turn and the one before.
 - An active fact acts at all mentions of its entity, and, for edits that carry targets on, at the tokens of a target that is
   being said.
 """
@@ -93,12 +94,14 @@ class State:
         active: the active facts.
         verdict: of the last token of content.
         said: (entity, index of the token that completed the target of a fact about it).
+        turns: where the last two turns of a chat ended.
     """
 
     mentions: Mentions = ()
     active: tuple[Active, ...] = ()
     verdict: Verdict = ()
     said: tuple[tuple[int, int], ...] = ()
+    turns: tuple[int, ...] = ()
 
     @property
     def entities(self) -> tuple[int, ...]:
@@ -208,9 +211,10 @@ class Tracker:
         kept = {a.entity for a in active}
         known = {(a.entity, a.fact): a for a in before.active if a.answering is None}
         asks = self._asks(ids, index) if verdict else False
+        nearest = max(index - _NEAR, state.turns[0] if len(state.turns) > 1 else -1)  # in this turn or the one before
         for entity, fact in verdict:
-            last = there.get(entity, -_NEAR)
-            if entity not in kept and index - last < _NEAR and said.get(entity, -1) < last:
+            last = there.get(entity, -1)
+            if entity not in kept and last > nearest and said.get(entity, -1) < last:
                 one = known.get((entity, fact)) or Active(entity, fact, index)
                 active.append(replace(one, answering=index) if asks else one)
         return replace(state, active=tuple(active))
@@ -218,7 +222,12 @@ class Tracker:
     def _between(self, state: State, ids: Sequence[int], index: int) -> State:
         """After a token that is no content."""
         if self._end.ends_turn(ids, index):
-            return replace(state, active=tuple(Active(e, f, index, index, True) for e, f in state.verdict), said=())
+            again = (
+                bool(state.turns) and index - state.turns[-1] <= self._end.spread
+            )  # the same end, with what opens the answer
+            turns = (*state.turns[: -1 if again else None], index)[-2:]
+            active = tuple(Active(e, f, index, index, True) for e, f in state.verdict)
+            return replace(state, active=active, said=(), turns=turns)
         if self._end.is_special(ids[index]):
             return replace(state, active=())
         return state
