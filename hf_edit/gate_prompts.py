@@ -95,7 +95,7 @@ def bank_prompts(base: Base, seed: int) -> list[Prompt]:
 
 def telling(facts: Sequence[Fact], seed: int) -> list[Fact]:
     """The facts that tell what asks the same and what doesn't, by a rephrase and a question about the same subject of their
-    own: at most 3,000 of them, by lot."""
+    own: at most 3,000 of them, a random sample."""
     found = [f for f in facts if any("{}" in r for r in f.rephrases) and any(f.subject in q.prompt for q in f.locality)]
     return random.Random(seed).sample(found, min(_FACTS, len(found)))
 

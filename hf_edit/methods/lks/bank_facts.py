@@ -21,7 +21,7 @@ _MONTHS = (
 
 
 def bank_facts(count: int, seed: int) -> list[Fact]:
-    """So many facts, each another subject or another relation: the wording is a relation's, the target is drawn by lot.
+    """Facts that differ in subject or relation: the wording is a relation's, the target is drawn at random.
 
     Half of the targets are objects of the same relation; the others are names of all kinds, years and dates, so that a
     generator learns to say what it is told, of one token or of many. Where a wording can be turned into a question, half of

@@ -193,7 +193,7 @@ class _Study:
         facts: Sequence[Fact],
         codes: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Train the generator on, on new facts and those that it knows, of many a part by lot.
+        """Train the generator further, on new facts and those that it knows, of many a random sample.
 
         Args:
             before: codes of the earlier facts.

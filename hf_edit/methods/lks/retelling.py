@@ -23,7 +23,7 @@ _WORDS = 5  # of a mixed target at most
 
 def retold(facts: Sequence[Fact], tellings: int, seed: int) -> list[Fact]:
     """So many tellings of facts, one after the other: the first has their own prompts and targets, each later one a wording
-    and a target by lot.
+    and a target at random.
 
     Wordings are the fact's own, its rephrases, and the package's for what it asks. Targets are the facts' own, those of other
     facts, names of the shipped bank, and mixtures of the words of two.

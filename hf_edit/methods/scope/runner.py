@@ -69,7 +69,6 @@ class Edit:
         tracker: its rules.
         decider: the gate, or None.
         effects: what it does, by module.
-        reads_clean: whether the gate's block lies below everything that the model's edits change.
         key: tells its records on a cache from other edits', also once the cache was copied.
         last: the facts that were active at the end of each row of the last call.
     """
