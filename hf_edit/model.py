@@ -7,11 +7,13 @@ import functools
 import logging
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -37,8 +39,9 @@ from .positions import Text, encode, fact_text
 from .questions import asked_afterwards
 from .reading import read_facts
 from .report import Answer, EditReport, EvalReport, FactResult
-from .restore import Turns, Untouched, uninterrupted
+from .restore import EditsOff, Turns, Untouched, edits_off, uninterrupted
 from .storage import located
+from .weights.attach import WeightAttachment
 
 if TYPE_CHECKING:
     from .evaluation import CleanAnswers
@@ -51,6 +54,9 @@ _ANSWER_TOKENS = 16  # of a text that is continued
 _CHAT_TOKENS = 32  # of a chat's answer that is searched for a fact's target
 _CHAT_ANSWER_TOKENS = 64  # of a chat's answer that is read
 
+# whose packs are on a base model; the wrapper may be gone
+_WRAPPERS: WeakKeyDictionary[nn.Module, weakref.ref[EditableModelForCausalLM]] = WeakKeyDictionary()
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -59,7 +65,7 @@ def _one_at_a_time(method: F) -> F:
 
     @functools.wraps(method)
     def run(self: EditableModelForCausalLM, *args: Any, **kwargs: Any) -> Any:
-        with self._turns.change():
+        with self._change():
             return method(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
@@ -73,7 +79,8 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
 
     Several threads may edit, load, disable, roll back and run the model: `forward`, `generate`, `ask` and `evaluate` give each
     thread what it would get alone. Changes happen one after the other. A change waits for runs that are under way, and runs
-    wait for changes and for other threads' `disable_edits`. Calls of the base model itself are not guarded.
+    wait for changes. `disable_edits` acts on its own thread alone where all edits in force act at mentions; where one changes
+    weights, other threads' runs wait until it ends. Calls of the base model itself are not guarded.
 
     Args:
         base_model: a causal language model of transformers.
@@ -81,6 +88,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         base_revision: revision of the base, to be recorded in packs.
 
     Raises:
+        ConflictingEditsError: the base model has the edits of another wrapper.
         ValueError: no tokenizer was given and none is found by the model's name.
     """
 
@@ -96,6 +104,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
                 raise ValueError("this model does not say where it came from; pass its tokenizer: tokenizer=...")
             tokenizer = AutoTokenizer.from_pretrained(name)
         self.base_model = base_model
+        self._check_alone()
         self.tokenizer = tokenizer
         self._base = Base(base_model, tokenizer)
         self._origin = {"base_model_name_or_path": name, "base_model_revision": base_revision}
@@ -103,7 +112,8 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         self._active: tuple[str, ...] = ()
         self._attached: list[Attachment] = []
         self._turns = Turns()
-        self._resting: dict[int, tuple[str, ...]] = {}  # packs of each `disable_edits` that ended before another one
+        self._off: dict[int, EditsOff] = {}  # of each `disable_edits` that acts on its own thread alone
+        self._set_aside: dict[int, tuple[str, ...]] = {}  # the packs that each of the others took off
         self._health: Health | None = None
         self._measured: list[tuple[dict[str, EditPack], EditReport | EvalReport]] = []  # for model cards
 
@@ -274,7 +284,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         given = {**explicit, **config_overrides}
         made: dict[str, EditPack] | None = None
         try:
-            with self._turns.change():
+            with self._change():
                 state = self._packs.copy(), self._active
                 try:
                     report = self._edit(facts, method, settings, given, pack_name, on_conflict, verify, seed, progress)
@@ -367,7 +377,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         under = [self._packs[n] for n in self._active if n != pack_name and self._packs[n].in_weights]
         if previous is not None and previous.in_weights:
             under.append(previous)
-        with self.disable_edits():
+        with self._taken_off():
             with self._with_only(under) as clean:
                 fit = how.fit(
                     self._base,
@@ -388,7 +398,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
     def _with_only(self, packs: Sequence[EditPack]) -> Iterator[Callable[[], AbstractContextManager[None]]]:
         """The model with just these weight edits in force, for a method to work on; what it leaves behind is put back. Gives
         what the method takes as `clean`."""
-        with self.disable_edits():
+        with self._taken_off(), edits_off(self.base_model):
             self._base.forget()  # the clean weights may be others than at the last edit
             _ = self._base.fingerprint
             untouched = Untouched(self.base_model)
@@ -458,7 +468,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
     def perplexity(self) -> float:
         """Perplexity of the model, with the edits in force, on text that it wrote without them (see `hf_edit.health`)."""
         if self._health is None or self._health.fingerprint != self._base.fingerprint:
-            with self.disable_edits():
+            with self._taken_off():
                 self._health = Health(self._base)
         return self._health.now()
 
@@ -532,7 +542,12 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
     @property
     def active_packs(self) -> list[str]:
         """The names of the packs in force, in the order in which they were put on."""
-        return list(self._active)
+        return list(self._acting)
+
+    @property
+    def _acting(self) -> tuple[str, ...]:
+        """The packs in force on this thread."""
+        return () if EditsOff.of(self.base_model) else self._active
 
     def load_pack(
         self,
@@ -574,7 +589,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         if verify_base != "off":
             try:
                 self._check_beneath(pack)
-                with self.disable_edits():
+                with self._taken_off():
                     pack.check_base(self._base)
             except BaseMismatchError as error:
                 if verify_base == "error":
@@ -663,7 +678,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
     def list_edits(self) -> list[Fact]:
         """The facts in force, pack by pack."""
         packs = self._packs  # which another thread may swap for others
-        return [fact for name in self._active if name in packs for fact in packs[name].facts]
+        return [fact for name in self._acting if name in packs for fact in packs[name].facts]
 
     @_one_at_a_time
     def remove_edits(self, ids: str | Sequence[str], *, progress: bool = True) -> None:
@@ -692,45 +707,79 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         """Back to the clean base model, bit for bit; all packs are forgotten."""
         self._put({}, ())
 
-    @contextmanager
-    def disable_edits(self) -> Iterator[None]:
+    def disable_edits(self) -> AbstractContextManager[None]:
         """The clean base model inside the context; nothing is subtracted, the original weights are put back.
 
-        The context acts on all threads. Where several are in one at once, the edits return when the last of them leaves.
-        Changes by threads that are in none wait until then. A thread that changes what is active inside its own context does
-        so at once, for all.
+        Where all edits in force act at mentions (LKS, a gate), the context acts on its own thread or asynchronous task alone,
+        and other threads go on running the edited model. Threads that are started inside it are other threads. Where an edit
+        changes weights, it acts on all threads: runs by others wait until it ends, and where several are in one at once, the
+        edits return when the last of them leaves.
+
+        Changes by threads that are in no such context wait until all have left. A thread that changes what is active inside
+        its own context does so at once, for all.
         """
+        return self._disabled(self._act_at_mentions)
+
+    def _taken_off(self) -> AbstractContextManager[None]:
+        """The clean base model with no edit attached to it, for a thread that holds the turn to change it."""
+        return self._disabled(lambda: False)
+
+    @contextmanager
+    def _disabled(self, alone: Callable[[], bool]) -> Iterator[None]:
         number: int | None = None
-        before: tuple[str, ...] = ()
         try:
             try:
                 with self._turns.lock, uninterrupted():
-                    number = self._turns.enter()
-                    before = self._active
-                    self._put(self._packs, ())
+                    number = self._turns.enter(shared=alone)
+                    if number in self._turns.shared:
+                        self._off[number] = EditsOff(self.base_model)
+                    else:
+                        self._set_aside[number] = self._active
+                        self._put(self._packs, ())
                 yield
             finally:
-                self._leave(number, before)
+                self._leave(number)
         except BaseException:  # also an interrupt on the way out
-            self._leave(number, before)
+            self._leave(number)
             raise
 
-    def _leave(self, number: int | None, names: tuple[str, ...]) -> None:
+    def _act_at_mentions(self) -> bool:
+        """Whether no edit in force changes weights, so that single threads can do without."""
+        return all(isinstance(attachment, MentionAttachment) for attachment in self._attached)
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """One change at a time. Contexts of `disable_edits` that act on their own threads act on all from then on."""
+        with self._turns.change():
+            self._check_alone()
+            with uninterrupted():
+                for number in sorted(self._turns.shared):  # of the changing thread, else none is left
+                    self._set_aside[number] = self._active
+                    self._put(self._packs, ())
+                    self._turns.shared.discard(number)
+                    self._off.pop(number).end()
+            yield
+
+    def _leave(self, number: int | None) -> None:
         """End a context of `disable_edits`; may be called again."""
         with uninterrupted(), self._turns.lock:
             if number in self._turns.clean:
-                self._enable(number, names)
+                self._enable(number)
 
-    def _enable(self, number: int, names: tuple[str, ...]) -> None:
+    def _enable(self, number: int) -> None:
         """Put packs in force again, beneath what was put on meanwhile; or leave it to the contexts that still need them off."""
+        shared = number in self._turns.shared
         last = self._turns.leave(number)
+        if shared:
+            self._off.pop(number).end()
+            return
         if last is False:
-            self._resting[number] = names
             return
         if last:
-            self._resting[number] = names
-            names = tuple(name for _, own in sorted(self._resting.items()) for name in own)
-            self._resting = {}
+            names = tuple(name for _, own in sorted(self._set_aside.items()) for name in own)
+            self._set_aside = {}
+        else:
+            names = self._set_aside.pop(number)
         kept = [name for name in dict.fromkeys(names) if name in self._packs]
         self._put(self._packs, (*kept, *(name for name in self._active if name not in kept)))
 
@@ -755,6 +804,17 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
                 self._attach_all([before[0][name] for name in before[1]])
                 raise
             self._packs, self._active = dict(packs), active
+            if packs:
+                _WRAPPERS[self.base_model] = weakref.ref(self)
+            else:
+                _WRAPPERS.pop(self.base_model, None)
+
+    def _check_alone(self) -> None:
+        """Refuse a base model on which another wrapper has packs: it isn't clean."""
+        wrapper = _WRAPPERS.get(self.base_model, lambda: self)()
+        if wrapper is not self:
+            way_out = "load the base model again" if wrapper is None else "use that wrapper, or roll its edits back first"
+            raise ConflictingEditsError(f"the base model has the edits of another EditableModelForCausalLM: {way_out}")
 
     @contextmanager
     def _lifted(self, packs: Sequence[EditPack]) -> Iterator[None]:
@@ -800,12 +860,16 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
                     f"pack {name!r} ({self._packs[name].method}) acts beside the weights and can't become part of them; share "
                     "the pack itself (model.save_pretrained), or make the edit with method='steam' and without a gate"
                 )
-        if not all(getattr(attachment, "in_place", False) for attachment in self._attached):
+        if not all(isinstance(attachment, WeightAttachment) and attachment.in_place for attachment in self._attached):
             raise MergeError(
                 "the base's weights are in half precision, quantised or offloaded, where a merged edit would be rounded away; "
                 "load the base with dtype=torch.float32, or share the pack itself (model.save_pretrained)"
             )
+        for attachment in self._attached:
+            if isinstance(attachment, WeightAttachment):
+                attachment.settle()
         self._attached, self._packs, self._active = [], {}, ()
+        _WRAPPERS.pop(self.base_model, None)
         return self.base_model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -824,24 +888,25 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         Raises:
             NotImplementedError: an edit acts at mentions (LKS, a gate); several texts share a row there.
         """
-        if any(isinstance(attachment, MentionAttachment) for attachment in self._attached):
+        at_mentions = any(isinstance(attachment, MentionAttachment) for attachment in self._attached)
+        if at_mentions and self._acting:
             raise NotImplementedError(
                 "edits that act at mentions (LKS, a gate) don't work with continuous batching, where several texts share a "
                 "row: use model.generate, or model.disable_edits()"
             )
-        with self._turns.run():
+        with self._change() if at_mentions else self._turns.run():  # it works in a thread of its own
             return self.base_model.generate_batch(*args, **kwargs)
 
     @_one_at_a_time
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`to`, `half`, `cuda` and the like: edits are taken off, so that they move the originals, and put on again."""
-        with self.disable_edits():
+        with self._taken_off():
             return super()._apply(fn, recurse)
 
     @_one_at_a_time
     def __deepcopy__(self, memo: dict[int, Any]) -> EditableModelForCausalLM:
         """A model of its own, with the same packs in force."""
-        with self.disable_edits():
+        with self._taken_off():
             base = copy.deepcopy(self.base_model, memo)
         twin = type(self)(base, self.tokenizer)
         memo[id(self)] = twin
@@ -866,7 +931,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
     def __repr__(self) -> str:
         name = self._origin["base_model_name_or_path"] or type(self.base_model).__name__
         known = self._packs
-        packs = ", ".join(f"{n}: {known[n].method}, {len(known[n].facts)} facts" for n in self._active if n in known)
+        packs = ", ".join(f"{n}: {known[n].method}, {len(known[n].facts)} facts" for n in self._acting if n in known)
         return f"EditableModelForCausalLM({name!r}, edits in force: {packs or 'none'})"
 
 

@@ -6,13 +6,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import count
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["Turns", "Untouched", "uninterrupted"]
+__all__ = ["EditsOff", "Turns", "Untouched", "edits_off", "uninterrupted"]
 
 _PATIENCE = 1.0  # seconds that a thread which needs the model clean lets waiting changes go first
 _HOOKS = (
@@ -40,6 +41,42 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
+class EditsOff:
+    """While it lasts, the edits at mentions of one model don't act on the thread or asynchronous task that made this.
+
+    A thread that is started meanwhile has its own context, so the edits do act there. `end` may be called anywhere.
+
+    Args:
+        model: the base model.
+    """
+
+    _all: ContextVar[tuple[EditsOff, ...]] = ContextVar("edits_off", default=())
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: nn.Module | None = model
+        self._all.set((*self._all.get(), self))
+
+    @classmethod
+    def of(cls, model: nn.Module | None) -> bool:
+        """Whether the edits at mentions of a model are off here."""
+        return any(one._model is model for one in cls._all.get())
+
+    def end(self) -> None:
+        """Let the edits act again, also where another thread does this."""
+        self._model = None
+        self._all.set(tuple(one for one in self._all.get() if one is not self))
+
+
+@contextmanager
+def edits_off(model: nn.Module) -> Iterator[None]:
+    """A context in which no edit at mentions acts on a base model, on the thread or task that enters it alone."""
+    off = EditsOff(model)
+    try:
+        yield
+    finally:
+        off.end()
+
+
 class Turns:
     """One change at a time of what is active on a model, none while another thread needs the model without edits, and none
     while another thread runs it.
@@ -48,11 +85,13 @@ class Turns:
         lock: held for every change; the thread that holds it may take it again.
         clean: by number, in the order in which they began, the contexts that need the model without edits, each with the
             thread that entered it. Another thread may leave it: generators wander.
+        shared: of these the ones beside which other threads run the edited model.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.clean: dict[int, int] = {}
+        self.shared: set[int] = set()
         self._numbers = count()
         self._waiting = 0  # changes
         self._changing: int | None = None  # the thread that holds the lock for a change
@@ -81,7 +120,7 @@ class Turns:
         me = threading.get_ident()
         with self.lock:
             if me not in self._running and me not in self.clean.values():
-                while self._waiting or self.clean:
+                while self._waiting or self.clean.keys() - self.shared:
                     self._moved.wait()
             self._running[me] = self._running.get(me, 0) + 1
         try:
@@ -106,14 +145,20 @@ class Turns:
                 self._waiting -= 1
                 self._moved.notify_all()
 
-    def enter(self) -> int:
-        """Begin to need the clean model; gives the number. Call it with the lock held."""
+    def enter(self, shared: Callable[[], bool]) -> int:
+        """Begin to need the clean model; gives the number. Call it with the lock held.
+
+        Args:
+            shared: whether the edits, as they stand when this is called, can be off for one thread alone.
+        """
         me = threading.get_ident()
         if self._changing != me and me not in self.clean.values():
             if self._waiting:  # threads that come and go would never let a change through
                 self._moved.wait_for(lambda: not self._waiting, _PATIENCE)
-            self._wait_while(lambda: not self.clean and self._others_run(me))
+            self._wait_while(lambda: not self.clean and self._others_run(me) and not shared())
         number = next(self._numbers)
+        if not self.clean.keys() - self.shared and shared():
+            self.shared.add(number)
         self.clean[number] = me
         self._moved.notify_all()
         return number
@@ -125,6 +170,7 @@ class Turns:
             Whether nobody else needs it; None where only contexts around this one do, in the same thread.
         """
         me = self.clean.pop(number)
+        self.shared.discard(number)
         self._moved.notify_all()
         own = [other for other, thread in self.clean.items() if thread == me]
         return not self.clean if not own or own[-1] > number else None

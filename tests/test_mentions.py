@@ -23,9 +23,9 @@ from hf_edit.methods.lks.attach import Rewriting
 from hf_edit.methods.lks.generator import ContextGenerator
 from hf_edit.methods.scope.attachment import MentionAttachment
 from hf_edit.methods.scope.points import Effect
-from hf_edit.methods.scope.runner import edits_off
 from hf_edit.methods.scope.tracker import EMPTY, Spellings, Tracker, begun
 from hf_edit.positions import pad
+from hf_edit.restore import edits_off
 from hf_edit.routing import Routing
 from hf_edit.scope import Entities, Scope
 from hf_edit.suffix import hidden_of
@@ -510,14 +510,14 @@ def test_a_cache_that_the_edit_did_not_see_filled_is_left_as_it_is(tokenizer):
     always(base, [0, 3])
     ids = ids_of(base, CAPITAL + " not known. We like France")
     with torch.no_grad():
-        with edits_off():
+        with edits_off(base.model):
             cache = cache_of(base.model(input_ids=ids[:, :8], use_cache=True))
         clean = copy.deepcopy(cache)
         found = base.model(input_ids=ids[:, 8:], **{CACHE: cache}, use_cache=True).logits[0]
         assert cache.get_seq_length() == ids.shape[1]
         for layer, before in zip(cache.layers, clean.layers, strict=True):
             assert torch.equal(layer.keys[:, :, :8], before.keys)
-        with edits_off():
+        with edits_off(base.model):
             without = base.model(input_ids=ids[:, 8:], **{CACHE: clean}, use_cache=True).logits[0]
     assert torch.equal(found[0], without[0])
     assert not same(found[-1], without[-1])
@@ -529,7 +529,7 @@ def test_what_was_recorded_of_a_cache_is_forgotten_once_it_is_filled_without_the
     with torch.no_grad():
         cache = cache_of(base.model(input_ids=ids_of(base, CAPITAL), use_cache=True))
         cache.crop(2 - int(cache.get_seq_length()))
-        with edits_off():
+        with edits_off(base.model):
             base.model(input_ids=ids_of(base, "We saw the big Oslo of Spain and many"), **{CACHE: cache})
         before = [layer.keys.clone() for layer in cache.layers]
         base.model(input_ids=ids_of(base, "The capital of France"), **{CACHE: cache})

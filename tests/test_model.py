@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import gc
 import math
 import signal
 import sys
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from conftest import FACTS, QUICK_LKS, QUICK_STEAM, same, snapshot, tiny_model
 from hf_edit import ConflictingEditsError, EditableModelForCausalLM, Fact, MergeError, SteamConfig, answers, available_methods
 from hf_edit.base import Base
 from hf_edit.methods import get_method
+from hf_edit.methods.lks import swap_entity
 from hf_edit.positions import fact_text
 
 QUICK = {
@@ -746,3 +750,226 @@ def test_answers_of_different_lengths_are_those_of_each_prompt_alone(llama):
     alone = [answers.greedy(base, [prompt], length)[0] for prompt, length in zip(prompts, lengths, strict=True)]
     assert answers.greedy(base, prompts, lengths, batch=2) == alone
     assert len(set(alone)) == 4
+
+
+def test_a_second_wrapper_of_a_base_with_edits_is_refused(tokenizer):
+    base = tiny_model("llama")
+    one, other = EditableModelForCausalLM(base, tokenizer), EditableModelForCausalLM(base, tokenizer)
+    _edit(one, FACTS[:1])
+    with pytest.raises(ConflictingEditsError, match="roll its edits back"):
+        EditableModelForCausalLM(base, tokenizer)
+    for change in (lambda: _edit(other, FACTS[1:2]), other.rollback, other.evaluate):
+        with pytest.raises(ConflictingEditsError, match="roll its edits back"):
+            change()
+    assert one.active_packs == ["default"]
+    one.rollback()
+    _edit(other, FACTS[1:2])
+    other.merge_and_unload()
+    EditableModelForCausalLM(base, tokenizer)
+
+
+def test_a_base_that_a_lost_wrapper_has_edited_is_not_taken_for_clean(tokenizer):
+    base = tiny_model("llama")
+    lost = EditableModelForCausalLM(base, tokenizer)
+    _edit(lost, FACTS[:1])
+    del lost
+    gc.collect()
+    with pytest.raises(ConflictingEditsError, match="load the base model again"):
+        EditableModelForCausalLM(base, tokenizer)
+
+
+def test_a_state_dict_is_not_loaded_under_a_weight_edit(llama):
+    clean = snapshot(llama.base_model)
+    _edit(llama)
+    edited = snapshot(llama.base_model)
+    with pytest.raises(RuntimeError, match=r"model\.disable_edits"):
+        llama.base_model.load_state_dict(clean)
+    copied = copy.deepcopy(llama.base_model)
+    copied.load_state_dict(clean)
+    assert same(clean, copied)
+    assert same(edited, llama.base_model)
+    other = {name: tensor + 1 for name, tensor in clean.items()}
+    with llama.disable_edits():
+        llama.base_model.load_state_dict(other)
+    llama.rollback()
+    assert same(other, llama.base_model)
+    llama.base_model.load_state_dict(clean)
+
+
+def test_a_merged_model_loads_state_dicts(llama):
+    clean = snapshot(llama.base_model)
+    _edit(llama)
+    plain = llama.merge_and_unload()
+    plain.load_state_dict(clean)
+    assert same(clean, plain)
+
+
+def test_what_is_trained_under_a_weight_edit_stays_and_all_else_is_rolled_back(llama):
+    """Also where it is one column of a weight."""
+    clean = snapshot(llama.base_model)
+    _edit(llama)
+    name = llama.packs["default"].fit.modules[-1]
+    with torch.no_grad():
+        llama.base_model.get_submodule(name).weight[:, 3] += 1
+    llama.rollback()
+    now = snapshot(llama.base_model)
+    trained = now[f"{name}.weight"][:, 3] - clean[f"{name}.weight"][:, 3]
+    torch.testing.assert_close(trained, torch.ones_like(trained))
+    now[f"{name}.weight"][:, 3] = clean[f"{name}.weight"][:, 3]
+    assert all(torch.equal(now[key], tensor) for key, tensor in clean.items())
+
+
+def test_rolling_back_inside_an_entity_swap_leaves_the_model_as_it_was(llama):
+    clean, attributes = snapshot(llama.base_model), set(llama.base_model.__dict__)
+    _edit(llama, FACTS[:1], "lks")
+    with swap_entity(llama, "France", "Spain"):
+        llama.rollback()
+        _edit(llama, FACTS[1:2], "memit", pack_name="other")
+    llama.rollback()
+    assert same(clean, llama.base_model)
+    assert set(llama.base_model.__dict__) == attributes
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.base_model.modules())
+
+
+def test_an_edit_inside_an_entity_swap_is_fitted_without_it(llama):
+    _edit(llama, FACTS[:1], "memit")
+    alone = llama.packs["default"].fit.tensors
+    llama.rollback()
+    with swap_entity(llama, FACTS[0].subject, "Spain"):
+        _edit(llama, FACTS[:1], "memit")
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in llama.packs["default"].fit.tensors.items())
+
+
+class TestDisablingEditsAtMentions:
+    """They are off on the thread or task that wants them off, and on for all others."""
+
+    @pytest.fixture
+    def edited(self, llama):
+        self.ids = llama.tokenizer(FACTS[0].question, return_tensors="pt")["input_ids"]
+        self.clean = self.answer(llama)
+        _edit(llama, FACTS[:1], "lks", verify=False)
+        self.changed = self.answer(llama)
+        assert self.clean != self.changed
+        return llama
+
+    def answer(self, model):
+        with torch.no_grad():
+            return model.forward(input_ids=self.ids).logits[0, -1].tolist()
+
+    def test_other_threads_go_on_with_them(self, edited):
+        inside, asked, seen = threading.Event(), threading.Event(), {}
+
+        def disable():
+            with edited.disable_edits():
+                inside.set()
+                assert asked.wait(30), "the other thread waits"
+                seen["clean"] = self.answer(edited), edited.active_packs, edited.list_edits()
+                seen["base"] = self.answer(edited.base_model)
+            seen["after"] = self.answer(edited)
+
+        def ask():
+            inside.wait()
+            seen["edited"] = self.answer(edited), edited.active_packs
+            asked.set()
+
+        assert _together(disable, ask) == []
+        assert seen["clean"] == (self.clean, [], [])
+        assert seen["base"] == self.clean
+        assert seen["edited"] == (self.changed, ["default"])
+        assert seen["after"] == self.changed
+
+    def test_tasks_have_them_off_each_for_itself(self, edited):
+        async def asked(off):
+            with edited.disable_edits() if off else nullcontext():
+                await asyncio.sleep(0.01)
+                return await asyncio.to_thread(self.answer, edited)
+
+        async def both():
+            return await asyncio.gather(*(asked(off) for off in (True, False, True, False)))
+
+        assert asyncio.run(both()) == [self.clean, self.changed] * 2
+
+    def test_another_model_keeps_its_own(self, edited, tokenizer):
+        other = EditableModelForCausalLM(tiny_model("llama"), tokenizer)
+        other.load_pack(edited.packs["default"])
+        with edited.disable_edits():
+            assert self.answer(edited) == self.clean
+            assert self.answer(other) == self.changed
+
+    def test_they_are_back_wherever_the_context_is_left(self, edited):
+        def stream():
+            with edited.disable_edits():
+                while True:
+                    yield self.answer(edited)
+
+        stepped, seen = stream(), []
+        left, entered = threading.Event(), threading.Event()
+
+        def enter():
+            seen.append(next(stepped))
+            entered.set()
+            left.wait()
+            seen.append(self.answer(edited))
+
+        def leave():
+            entered.wait()
+            stepped.close()
+            left.set()
+
+        assert _together(enter, leave) == []
+        assert seen == [self.clean, self.changed]
+        assert _together(edited.rollback) == []
+
+    def test_a_change_inside_the_context_holds_for_all(self, edited):
+        inside, left, seen = threading.Event(), threading.Event(), []
+
+        def change():
+            with edited.disable_edits(), edited.disable_edits():
+                _edit(edited, FACTS[1:2], "memit", pack_name="new", verify=False)
+                seen.append(edited.active_packs)
+                inside.set()
+                left.wait()
+
+        def look():
+            inside.wait()
+            seen.append(edited.active_packs)
+            left.set()
+
+        assert _together(change, look) == []
+        assert seen == [["new"], ["new"]]
+        assert edited.active_packs == ["default", "new"]
+        edited.delete_pack("new")
+        assert self.answer(edited) == self.changed
+
+    def test_changes_by_others_wait_for_it(self, edited):
+        inside, seen = threading.Event(), []
+
+        def disable():
+            with edited.disable_edits():
+                inside.set()
+                time.sleep(0.2)
+                seen.append(self.answer(edited))
+            seen.append("left")
+
+        def change():
+            inside.wait()
+            edited.rollback()
+            seen.append("changed")
+
+        assert _together(disable, change) == []
+        assert seen[0] == self.clean
+        assert set(seen[1:]) == {"left", "changed"}
+        assert self.answer(edited) == self.clean
+
+    def test_continuous_batching_runs_without_them(self, edited, monkeypatch):
+        """It runs the model in a thread of its own."""
+        seen = []
+
+        def generate_batch(_):
+            seen.append(len(edited.base_model.model._forward_pre_hooks))
+
+        monkeypatch.setattr(edited.base_model, "generate_batch", generate_batch, raising=False)
+        with edited.disable_edits():
+            edited.generate_batch([[1, 2, 3]])
+        assert seen == [0]
+        assert self.answer(edited) == self.changed

@@ -206,10 +206,10 @@ def main() -> None:
         for size in options.sizes:
             facts = chosen(path, size, options.seed)
             groups = [[fact] for fact in facts] if options.one_by_one else [facts]
+            chats = [Chat(model, group, text, pairs) for group in groups]
             for arm in options.arms:
                 measured, answers, seconds = [], [], 0.0
-                for group in groups:
-                    chat = Chat(model, group, text, pairs)
+                for group, chat in zip(groups, chats, strict=True):
                     if how := ARMS[arm]:
                         started = time.perf_counter()
                         model.edit(group, verify=False, progress=False, **how, **settings(options.set))

@@ -50,6 +50,9 @@ class WeightAttachment:
     (half precision, in which small changes round away; quantised or offloaded weights), it runs as a branch beside the
     weight: y + (x right^T) left^T.
 
+    What is trained on swapped weights meanwhile stays when the change is taken off; all other numbers get their originals
+    back. Loading a state dict is refused, since whether it holds the change can't be known.
+
     Args:
         model: the base model.
         factors: by module name.
@@ -64,6 +67,7 @@ class WeightAttachment:
         self._originals: list[_Original] = []
         self._handles: list[Any] = []
         try:
+            self._handles.append(model.register_load_state_dict_pre_hook(_NoLoading()))
             for name, module in modules.items():
                 weight = module.weight
                 if isinstance(weight, nn.Parameter) and _is_plain(weight):
@@ -77,17 +81,21 @@ class WeightAttachment:
 
     def detach(self) -> None:
         """Restore the originals; may be called again."""
-        for handle in self._handles:
-            handle.remove()
         for original in reversed(self._originals):
             original.put_back()
+        self.settle()
+
+    def settle(self) -> None:
+        """Let the changes that are swapped in stay for good."""
+        for handle in self._handles:
+            handle.remove()
         self._handles, self._originals = [], []
 
     def _swap(self, module: nn.Module, weight: nn.Parameter, change: Factors) -> None:
         left, right = (t.to(weight.device, weight.dtype) for t in (change.left, change.right))
         dense = left @ right
         changed = weight.data + (dense.T if is_transposed(module) else dense)
-        self._originals.append(_Original(weight, weight.data, _sample(changed).clone(), change, is_transposed(module)))
+        self._originals.append(_Original(weight, weight.data, _Trace.of(changed), change, is_transposed(module)))
         weight.data = changed
 
     def _branch(self, module: nn.Module, change: Factors) -> None:
@@ -128,29 +136,76 @@ class _Original:
     """A weight's own tensor, while a changed one stands in its place.
 
     Attributes:
-        sample: of the changed one, by which it is seen whether it was trained.
+        trace: of the changed one, by which it is seen whether it was trained.
     """
 
     weight: nn.Parameter
     tensor: torch.Tensor
-    sample: torch.Tensor
+    trace: _Trace
     change: Factors
     transposed: bool
 
     def put_back(self) -> None:
         weight = self.weight
-        # the model may have been moved or cast meanwhile
-        if weight.is_meta or torch.equal(_sample(weight.data), self.sample.to(weight.device, weight.dtype)):
-            weight.data = self.tensor.to(weight.device, weight.dtype)
+        original = self.tensor.to(weight.device, weight.dtype)  # the model may have been moved or cast meanwhile
+        if weight.is_meta or self.trace.fits(weight.data):
+            weight.data = original
             return
-        # it was trained while the edit was in force: the training stays, so there is no original to go back to
-        dense = (self.change.left @ self.change.right).to(weight.device, weight.dtype)
-        weight.data = weight.data - (dense.T if self.transposed else dense)
+        left, right = (t.to(weight.device, self.tensor.dtype) for t in (self.change.left, self.change.right))
+        dense = (left @ right).T if self.transposed else left @ right
+        written = (self.tensor.to(weight.device) + dense).to(weight.dtype)
+        weight.data = original + (weight.data - written)  # what was trained stays
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What tells whether a weight is still as it was written.
+
+    Attributes:
+        dtype: as it was written.
+        sums: of each row's bits, int64.
+        sample: for a weight that was cast since.
+    """
+
+    dtype: torch.dtype
+    sums: torch.Tensor
+    sample: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> _Trace:
+        return cls(weight.dtype, _sums(weight), _sample(weight).clone())
+
+    def fits(self, weight: torch.Tensor) -> bool:
+        if weight.dtype == self.dtype:
+            return torch.equal(_sums(weight), self.sums.to(weight.device))
+        return torch.equal(_sample(weight), self.sample.to(weight.device, weight.dtype))
+
+
+def _sums(weight: torch.Tensor) -> torch.Tensor:
+    bits = weight.detach().view(torch.int64 if weight.element_size() == 8 else torch.int32)
+    return bits.sum(-1, dtype=torch.int64)  # exact in any order
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
     flat = weight.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // _SAMPLE)]
+
+
+class _NoLoading:
+    """Refuses a state dict; a copy of the model, which nobody takes a change off, loads what it likes."""
+
+    def __init__(self, refuses: bool = True) -> None:
+        self._refuses = refuses
+
+    def __call__(self, *_: Any) -> None:
+        if self._refuses:
+            raise RuntimeError(
+                "an edit is in force, and whether this state dict holds it can't be known: load it inside "
+                "model.disable_edits(), or make the edit part of the weights first (model.merge_and_unload)"
+            )
+
+    def __deepcopy__(self, _: Any) -> _NoLoading:
+        return _NoLoading(refuses=False)
 
 
 def _is_plain(weight: nn.Parameter) -> bool:

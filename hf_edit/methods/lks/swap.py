@@ -61,8 +61,10 @@ def swap_entity(
     with torch.device(base.device):
         generator = OverwriteGenerator(code.shape[1])
     effects = {base.layout().blocks[block]: Rewriting(generator.requires_grad_(False), code)}
-    attachment = MentionAttachment(base, Entities(Scope([[entity]]), ((0,),)), effects)
+    with model._change():
+        attachment = MentionAttachment(base, Entities(Scope([[entity]]), ((0,),)), effects)
     try:
         yield
     finally:
-        attachment.detach()
+        with model._change():
+            attachment.detach()

@@ -25,8 +25,7 @@ import threading
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,28 +36,18 @@ from transformers.cache_utils import DynamicLayer
 
 from ...base import Base
 from ...kv_cache import cache_of, cache_passed, with_cache
+from ...restore import EditsOff
 from ...suffix import hidden_of
 from .decider import Decider, Queries
 from .points import Effect, Points, Write
 from .tracker import EMPTY, Mentions, State, Tracker
 
-__all__ = ["Edit", "Runner", "edits_off"]
+__all__ = ["Edit", "Runner"]
 
 _RECORD = "_hf_edit_rows"
-_OFF: ContextVar[bool] = ContextVar("edits_off", default=False)
 
 States = dict[str, State]
 Writes = dict[str, dict[int, Write]]  # by edit, the fact that acts at a token, by its index
-
-
-@contextmanager
-def edits_off() -> Iterator[None]:
-    """A context in which no edit at mentions acts, on the thread that enters it alone."""
-    token = _OFF.set(True)
-    try:
-        yield
-    finally:
-        _OFF.reset(token)
 
 
 @dataclass(eq=False)
@@ -290,7 +279,7 @@ class Runner:
         kind: Any = type(decoder)
         arguments = dict(list(_signature(kind).bind_partial(decoder, *args, **kwargs).arguments.items())[1:])
         arguments = {**arguments.pop("kwargs", {}), **arguments}
-        if _OFF.get() or arguments.get("input_ids") is None:
+        if EditsOff.of(self._model) or arguments.get("input_ids") is None:
             getattr(cache_passed(arguments), _RECORD, {}).pop(self._key, None)  # which would no longer be true
             return None
         _check_one_text_a_row(arguments)
@@ -419,13 +408,13 @@ class Runner:
 
     def _read(self, block: int, _: nn.Module, __: Any, output: Any) -> None:
         """After a block that gates read."""
-        if self._now.run is not None:
+        if self._now.run is not None and not EditsOff.of(self._model):
             self._now.run.read[block] = hidden_of(output).detach()
 
     def _act(self, key: str, effect: Effect, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After a module: what the edit does there."""
         run = self._now.run
-        if run is None:
+        if run is None or EditsOff.of(self._model):  # a block that is run by itself, after a run that was cut off
             return None
         points = run.at(key, hidden_of(output))
         return effect(args[0], output, points) if points.rows else None
