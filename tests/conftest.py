@@ -146,10 +146,12 @@ def _tokenizer(with_bos: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>", pad_token="<s>")
 
 
-def tiny_model(name: str) -> object:
+def tiny_model(name: str, **settings: object) -> object:
     """A tiny model with random weights, large enough that its blocks matter."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[name]()).eval()
+    config = ARCHITECTURES[name]()
+    config.update(settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)

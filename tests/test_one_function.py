@@ -113,6 +113,32 @@ def test_the_facts_come_and_go_within_the_texts(edited):
         assert sum(n > 0 for n in changes) >= least, changes
 
 
+@pytest.mark.parametrize("architecture", ["gemma3", "mistral"])
+def test_a_window_that_slides_over_the_text_changes_nothing(tokenizer, architecture):
+    """It forgets tokens, so a run that needs other writes begins at the first one again."""
+    base = Base(tiny_model(architecture, sliding_window=6), tokenizer)
+    base.attachment = attached(base)
+    for threshold in (0.97, 0.2):
+        generous(base, threshold)
+        for text in TEXTS[:3]:
+            ids = ids_of(base, text)
+            assert ids.shape[1] > 6
+            expected = alone(base, ids)
+            for sizes in (1, [4, 1, 1, ids.shape[1] - 6], ids.shape[1]):
+                close(fed(base, ids, sizes, DynamicCache(config=base.model.config)), expected)
+
+
+@pytest.mark.parametrize("how", ["assistant", "lookup"])
+def test_drafted_tokens_are_kept_or_dropped_by_the_edited_model(edited, how):
+    generous(edited, 0.2)
+    drafts = {"assistant_model": tiny_model("llama")} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
+    for text in TEXTS[:3]:
+        ids = ids_of(edited, text)
+        usual = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        plain = edited.model.generate(ids, **usual)
+        assert torch.equal(edited.model.generate(ids, **usual, **drafts), plain)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_of_a_padded_batch_are_what_each_is_alone(edited, side):
     generous(edited, 0.97)
