@@ -7,27 +7,32 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["cache_argument", "cache_of", "cache_passed", "with_cache"]
+from transformers.generation import GenerationMixin
 
-_NAMES = ("cache", "past_key_values")  # the new one first: where it is known, the old one warns
+__all__ = ["CACHE_NAMES", "cache_argument", "cache_of", "cache_passed", "with_cache"]
+
+CACHE_NAMES = ("cache", "past_key_values")  # the new one first: where it is known, the old one warns
 
 
 def cache_argument(function: Callable[..., Any]) -> str:
     """The name under which a model's `forward`, or its `prepare_inputs_for_generation`, takes a cache."""
-    known = inspect.signature(function).parameters
-    return next((name for name in _NAMES if name in known), _NAMES[-1])
+    for known in (function, GenerationMixin.prepare_inputs_for_generation):  # the first may only take it on
+        found = [name for name in CACHE_NAMES if name in inspect.signature(known).parameters]
+        if found:
+            return found[0]
+    return CACHE_NAMES[-1]
 
 
 def cache_passed(arguments: Mapping[str, Any]) -> Any:
     """The cache among a model's arguments; None where there is none."""
-    return next((arguments[name] for name in _NAMES if arguments.get(name) is not None), None)
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def with_cache(function: Callable[..., Any], arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     """The arguments of a model with this cache in place of theirs."""
-    return {name: value for name, value in arguments.items() if name not in _NAMES} | {cache_argument(function): cache}
+    return {name: value for name, value in arguments.items() if name not in CACHE_NAMES} | {cache_argument(function): cache}
 
 
 def cache_of(output: Any) -> Any:
     """The cache that a model's output holds; None where there is none."""
-    return next((getattr(output, name) for name in _NAMES if hasattr(output, name)), None)
+    return next((getattr(output, name) for name in CACHE_NAMES if hasattr(output, name)), None)

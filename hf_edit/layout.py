@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ class Layout:
     Attributes:
         blocks: the decoder blocks, in order.
         blocks_path: the name of their list in the model, e.g. ``model.layers``.
+        decoder: the innermost module that runs all of them on token ids or embeddings.
         projections: each block's MLP output projection by its full module name, or None where the block has none.
         hidden_size: width of the residual stream.
     """
 
     blocks: tuple[nn.Module, ...]
     blocks_path: str
+    decoder: nn.Module
     projections: tuple[str | None, ...]
     hidden_size: int
 
@@ -99,7 +102,7 @@ def find_layout(model: Any, edit_module: str | None = None) -> Layout:
         else:
             child = _find_projection(block, hidden)
             names.append(f"{path}.{index}.{child}" if child else None)
-    return Layout(tuple(blocks), path, tuple(names), hidden)
+    return Layout(tuple(blocks), path, _decoder_of(model, path), tuple(names), hidden)
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
@@ -175,6 +178,16 @@ def _find_blocks(model: Any, count: int) -> tuple[str, Sequence[nn.Module]]:
         f"{type(model).__name__} has no list of {count} blocks that could be found; hf_edit needs a decoder whose blocks "
         "stand in one nn.ModuleList"
     )
+
+
+def _decoder_of(model: Any, blocks_path: str) -> nn.Module:
+    name = blocks_path
+    while name:
+        name = name.rpartition(".")[0]
+        module: nn.Module = model.get_submodule(name)
+        if {"input_ids", "inputs_embeds"} & inspect.signature(module.forward).parameters.keys():
+            return module
+    raise UnsupportedArchitectureError(f"no part of {type(model).__name__} that holds {blocks_path} takes tokens")
 
 
 def _find_projection(block: nn.Module, hidden: int) -> str | None:

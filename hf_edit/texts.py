@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -174,7 +175,7 @@ def _sampled(
 ) -> list[list[int]]:
     """`length` tokens after each start, from the `top` likeliest ones or from all. `generate` would take twice as long: it
     sorts, masks and draws over the whole vocabulary."""
-    ends = _ends(base)
+    ends, numbered = _ends(base), "position_ids" in inspect.signature(base.model.forward).parameters
     found: list[list[int]] = []
     for first in range(0, len(starts), batch):
         group = starts[first : first + batch]
@@ -183,6 +184,8 @@ def _sampled(
         past = None
         for _ in range(length):
             arguments = {"next_sequence_length": None if past is None else 1, "attention_mask": mask, "use_cache": True}
+            if numbered:  # else some multimodal models go on from the positions of an earlier prompt
+                arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
             prepare = base.model.prepare_inputs_for_generation
             out = base.model(**prepare(ids, is_first_iteration=past is None, **with_cache(prepare, arguments, past)))
             past = cache_of(out)

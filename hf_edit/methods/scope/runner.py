@@ -12,6 +12,7 @@ What the hooks have to keep, and why:
   that it is copied and dropped with it.
 - `prepare_inputs_for_generation` shows the whole text, since beams change places in the cache behind the decoder's back.
 - A thread-local tells the hooks on modules which run they are in.
+- Hooks on the outermost model read the tokens: a multimodal class shows its decoder nothing but embeddings.
 
 What is not known: an edit with a gate that is attached between two calls over one cache has not been asked about the tokens
 before, and acts by what follows.
@@ -27,7 +28,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ...base import Base
-from ...kv_cache import cache_of, cache_passed, with_cache
+from ...kv_cache import CACHE_NAMES, cache_of, cache_passed, with_cache
 from ...restore import EditsOff
 from ...suffix import hidden_of
 from .decider import Decider, Queries
@@ -45,6 +46,7 @@ from .tracker import EMPTY, Mentions, State, Tracker
 __all__ = ["Edit", "Runner"]
 
 _RECORD = "_hf_edit_rows"
+_OF_TOKENS = {"inputs_embeds", "attention_mask", "position_ids", "cache_position", *CACHE_NAMES}
 
 States = dict[str, State]
 Writes = dict[str, dict[int, Write]]  # by edit, the fact that acts at a token, by its index
@@ -118,6 +120,20 @@ class _Row:
 
 
 @dataclass
+class _Piece:
+    """A call whose embeddings are not those of its tokens alone: it had a picture. It is run again as it was.
+
+    Attributes:
+        begin, end: its columns.
+        arguments: of the decoder, without the cache; None where a part of the call was taken back.
+    """
+
+    begin: int
+    end: int
+    arguments: dict[str, Any] | None
+
+
+@dataclass
 class _Run:
     """A run of the decoder.
 
@@ -167,6 +183,8 @@ class _Call:
         first: the first column that is new.
         rows: one for each.
         cache: that the decoder fills, once it is there.
+        pieces: the earlier calls that can only be run again as they were.
+        whole: whether this call is such a one, too.
         stuck: whether the cache can't be taken back.
     """
 
@@ -177,6 +195,8 @@ class _Call:
     first: int
     rows: list[_Row]
     cache: Any
+    pieces: list[_Piece] = field(default_factory=list)
+    whole: bool = False
     runs: list[_Run] = field(default_factory=list)
     stuck: bool = False
     as_tuple: bool = False
@@ -193,6 +213,7 @@ class _Now(threading.local):
     run: _Run | None = None
     inside: bool = False
     shown: tuple[torch.Tensor, Any, Any] | None = None  # the text, and the cache and mask that go with it
+    outer: tuple[Any, Any] = (None, None)  # the tokens and the mask that the outermost model was called with
 
     def __reduce__(self) -> tuple[type[_Now], tuple[()]]:
         return _Now, ()
@@ -212,8 +233,10 @@ class Runner:
         self._now = _Now()
         self._effects: dict[str, list[Any]] = {}
         self._readers: list[Any] = []
-        decoder = base.model.get_decoder()
+        decoder = self._layout.decoder
         self._handles = [
+            base.model.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
+            base.model.register_forward_hook(self._leave, always_call=True),
             decoder.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
             decoder.register_forward_hook(self._after),
         ]
@@ -223,7 +246,7 @@ class Runner:
     @classmethod
     def of(cls, base: Base) -> Runner:
         """The model's runner, a new one where it has none."""
-        hooks = base.model.get_decoder()._forward_pre_hooks.values()
+        hooks = base.layout().decoder._forward_pre_hooks.values()
         found = (getattr(hook, "__self__", None) for hook in hooks)
         return next((one for one in found if isinstance(one, cls)), None) or cls(base)
 
@@ -268,6 +291,12 @@ class Runner:
 
     # --- before the decoder runs ---
 
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._now.outer = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+
+    def _leave(self, *_: Any) -> None:
+        self._now.outer = None, None
+
     def _before(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]] | None:
@@ -279,14 +308,18 @@ class Runner:
         kind: Any = type(decoder)
         arguments = dict(list(_signature(kind).bind_partial(decoder, *args, **kwargs).arguments.items())[1:])
         arguments = {**arguments.pop("kwargs", {}), **arguments}
-        if EditsOff.of(self._model) or arguments.get("input_ids") is None:
+        off = EditsOff.of(self._model)
+        ids = None if off else self._tokens(arguments)
+        if ids is None:
+            if not off:
+                _warn_of_embeddings()
             getattr(cache_passed(arguments), _RECORD, {}).pop(self._key, None)  # which would no longer be true
             return None
-        _check_one_text_a_row(arguments)
+        _check_one_text_a_row(ids, arguments)
         as_tuple = arguments.get("return_dict") is False
         if as_tuple:
             arguments["return_dict"] = True
-        call = now.call = self._call(arguments, shown)
+        call = now.call = self._call(ids, arguments, shown)
         for row in call.rows:
             row.runs.append(self._likely(row))
         call.as_tuple = as_tuple
@@ -299,12 +332,21 @@ class Runner:
                 for row in call.rows:
                     row.runs[0] = _merged(row.applied, row.runs[0], row.begin)
             else:
-                begin, widened = rewound, ((), self._arguments(decoder, call, rewound))
+                begin = self._replayed(decoder, call, rewound, 0)
+                widened = (), self._arguments(decoder, call, begin)
         now.run = self._new_run(call, begin)
         return widened
 
-    def _call(self, arguments: dict[str, Any], shown: tuple[torch.Tensor, Any, Any] | None) -> _Call:
-        ids, cache = arguments["input_ids"], cache_passed(arguments)
+    def _tokens(self, arguments: dict[str, Any]) -> torch.Tensor | None:
+        """The tokens that the decoder is called with, [rows, columns]; None where only embeddings are known."""
+        ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        if ids is None and embeddings is not None:
+            ids = self._now.outer[0]
+            ids = ids if isinstance(ids, torch.Tensor) and ids.shape == embeddings.shape[:2] else None
+        return ids
+
+    def _call(self, ids: torch.Tensor, arguments: dict[str, Any], shown: tuple[torch.Tensor, Any, Any] | None) -> _Call:
+        cache = cache_passed(arguments)
         done = _length(cache)
         before = self._known(ids, cache, done, shown) if done else None
         hidden = 0 if not done else done if before is None else done - len(before[0].tokens)
@@ -314,15 +356,19 @@ class Runner:
             text = torch.cat([known, ids], dim=1)
         first = text.shape[1] - ids.shape[1]
         mask: Any = arguments.get("attention_mask")
-        if not (isinstance(mask, torch.Tensor) and mask.dim() == 2) and shown is not None and shown[1] is cache:
+        if not _is_flat(mask) and _is_flat(self._now.outer[1]):
+            mask = self._now.outer[1]
+        elif not _is_flat(mask) and shown is not None and shown[1] is cache:
             mask = shown[2]
         mask = _of_columns(mask, len(text))
-        fits = isinstance(mask, torch.Tensor) and mask.dim() == 2 and len(mask) == len(text)
+        fits = _is_flat(mask) and len(mask) == len(text)
         mask = mask[:, hidden : hidden + text.shape[1]] if fits and mask.shape[1] >= hidden + text.shape[1] else None
         there = None if mask is None else mask.bool().tolist()
         given: Any = arguments.get("position_ids")
-        numbered = isinstance(given, torch.Tensor) and given.dim() == 2 and given.shape[1] == ids.shape[1]
-        places = given.expand(len(ids), -1).tolist() if numbered else [[]] * len(ids)
+        places: list[list[Any]] = [[]] * len(ids)
+        if isinstance(given, torch.Tensor) and given.dim() in (2, 3) and given.shape[-1] == ids.shape[1]:
+            given = given if given.dim() == 2 else given.movedim(0, -1)  # several numbers for each token
+            places = given.expand(len(ids), *given.shape[1:]).tolist()
         rows = []
         for number, (row, tokens) in enumerate(zip(past, text.tolist(), strict=True)):
             new = [c for c in range(first, len(tokens)) if there is None or there[number][c]]
@@ -330,7 +376,22 @@ class Runner:
             rows.append(_Row(tokens, row.real + new, row.states, row.applied, own, begin=len(row.real)))
             for edit in self.edits:
                 self._find(edit, rows[-1])
-        return _Call(arguments, text, mask, hidden, first, rows, cache)
+        pieces = [] if before is None else [_upto_column(p, first, len(rows)) for p in self._pieces(cache) if p.begin < first]
+        return _Call(arguments, text, mask, hidden, first, rows, cache, pieces, self._has_more(ids, arguments))
+
+    def _pieces(self, cache: Any) -> list[_Piece]:
+        return getattr(cache, _RECORD, {}).get(self._key, (0, [], None, []))[3]
+
+    def _has_more(self, ids: torch.Tensor, arguments: dict[str, Any]) -> bool:
+        """Whether a call holds more than its tokens: embeddings of a picture, and what goes with them."""
+        if arguments.get("input_ids") is not None:
+            return False
+        more = any(isinstance(v, (torch.Tensor, list)) for k, v in arguments.items() if k not in _OF_TOKENS)
+        return more or not torch.equal(self._embedded(ids), arguments["inputs_embeds"])
+
+    def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        embedding = self._model.get_input_embeddings()
+        return embedding(ids.clamp(0, len(embedding.weight) - 1))  # a picture's token may have no embedding of its own
 
     def _find(self, edit: Edit, row: _Row) -> None:
         """Where an edit's entities are mentioned in a row."""
@@ -356,7 +417,7 @@ class Runner:
         self, ids: torch.Tensor, cache: Any, done: int, shown: tuple[torch.Tensor, Any, Any] | None
     ) -> list[_Row] | None:
         """For each row what is known of the tokens that a cache holds; None where it was filled without the edits."""
-        hidden, record, keys = getattr(cache, _RECORD, {}).get(self._key, (0, [], None))
+        hidden, record, keys, _ = getattr(cache, _RECORD, {}).get(self._key, (0, [], None, []))
         done -= hidden
         if not record or done <= 0 or any(len(row.tokens) < done for row in record):
             return None
@@ -450,7 +511,11 @@ class Runner:
             edit.last = [{a.fact for a in row.states[edit.key][-1].active} if row.real else set() for row in call.rows]
         if hasattr(call.cache, "__dict__"):
             record = [_Row(row.tokens, row.real, row.states, row.applied, row.places) for row in call.rows]
-            call.cache.__dict__.setdefault(_RECORD, {})[self._key] = call.hidden, record, _first_keys(call.cache)
+            pieces = call.pieces
+            if call.whole:
+                kept = {k: v for k, v in call.arguments.items() if k not in CACHE_NAMES}
+                pieces = [*pieces, _Piece(call.first, call.columns, kept)]
+            call.cache.__dict__.setdefault(_RECORD, {})[self._key] = call.hidden, record, _first_keys(call.cache), pieces
         changed = _assembled(call)
         return call.runs[0].output.to_tuple() if call.as_tuple else changed
 
@@ -544,16 +609,33 @@ class Runner:
                 row.runs[-1] = row.applied
             call.runs.append(call.runs[-1])
             return False
-        now = self._now
-        now.inside, now.run = True, self._new_run(call, begin, number)
-        try:
-            now.run.output = decoder(**self._arguments(decoder, call, begin))
-            call.runs.append(now.run)
-        finally:
-            now.inside, now.run = False, None
+        begin = self._replayed(decoder, call, begin, number)
+        call.runs.append(self._ran(decoder, call, begin, number, self._arguments(decoder, call, begin)))
         for row in call.rows:
             row.applied = row.runs[-1]
         return True
+
+    def _replayed(self, decoder: nn.Module, call: _Call, begin: int, number: int) -> int:
+        """Run what lies between a column and the last part of the text that can be run in one go; where that part begins."""
+        for piece in (p for p in call.pieces if p.begin >= begin):
+            if piece.begin > begin:
+                self._ran(decoder, call, begin, number, self._arguments(decoder, call, begin, piece.begin))
+            assert piece.arguments is not None
+            self._ran(decoder, call, piece.begin, number, with_cache(decoder.forward, piece.arguments, call.cache))
+            begin = piece.end
+        if call.whole and begin < call.first:
+            self._ran(decoder, call, begin, number, self._arguments(decoder, call, begin, call.first))
+            begin = call.first
+        return begin
+
+    def _ran(self, decoder: nn.Module, call: _Call, begin: int, number: int, arguments: dict[str, Any]) -> _Run:
+        now = self._now
+        now.inside, now.run = True, self._new_run(call, begin, number)
+        try:
+            now.run.output = decoder(**arguments)
+            return now.run
+        finally:
+            now.inside, now.run = False, None
 
     def _new_run(self, call: _Call, begin: int, number: int = 0) -> _Run:
         return _Run(begin, [row.runs[number] for row in call.rows], [row.real for row in call.rows])
@@ -561,6 +643,12 @@ class Runner:
     def _rewound(self, call: _Call, column: int) -> int | None:
         """Let the cache forget the columns from one on; the column that a run has to begin with, None where it can't forget."""
         cache = call.cache
+        if call.whole:
+            column = min(column, call.first)
+        column = min((p.begin for p in call.pieces if p.end > column), default=column)
+        if any(p.arguments is None for p in call.pieces if p.begin >= column):
+            _warn_once(type(cache).__name__)
+            return None
         if cache is None or _length(cache) == call.hidden + column:
             return 0 if cache is None else column
         if call.runs and _plain(cache):
@@ -572,29 +660,40 @@ class Runner:
         if not call.hidden:
             try:
                 cache.reset()
-                if not _length(cache):
+                if not _length(cache) and all(p.arguments is not None for p in call.pieces):
                     return 0
             except (AttributeError, RuntimeError, NotImplementedError):
                 pass
         _warn_once(type(cache).__name__)
         return None
 
-    def _arguments(self, decoder: nn.Module, call: _Call, begin: int) -> dict[str, Any]:
-        """The decoder's arguments for a run of all columns from one on."""
-        arguments = {k: v for k, v in call.arguments.items() if k not in ("cache_position", "inputs_embeds")}
-        arguments["input_ids"] = call.text[:, begin:]
+    def _arguments(self, decoder: nn.Module, call: _Call, begin: int, end: int | None = None) -> dict[str, Any]:
+        """The decoder's arguments for a run of all columns from one on, or of those up to another one."""
+        end = call.columns if end is None else end
+        arguments = {k: v for k, v in call.arguments.items() if k != "cache_position"}
+        if (begin, end) == (call.first, call.columns):
+            return with_cache(decoder.forward, arguments, call.cache)
+        if arguments.pop("inputs_embeds", None) is None:
+            arguments["input_ids"] = call.text[:, begin:end]
+        else:
+            arguments = {k: v for k, v in arguments.items() if k in _OF_TOKENS or not isinstance(v, (torch.Tensor, list))}
+            arguments["inputs_embeds"] = self._embedded(call.text[:, begin:end])
         given = call.arguments.get("attention_mask")
-        if not (given is None or (isinstance(given, torch.Tensor) and given.dim() == 2)) and begin != call.first:
-            arguments["attention_mask"] = call.mask
+        if _is_flat(given):
+            arguments["attention_mask"] = given[:, : call.hidden + end]
+        elif given is not None:
+            arguments["attention_mask"] = (
+                None if call.mask is None else nn.functional.pad(call.mask, (call.hidden, 0), value=1)[:, : call.hidden + end]
+            )
         places = call.arguments.get("position_ids")
         if places is not None and begin >= call.first:
             arguments["position_ids"] = places[..., begin - call.first :]
         elif places is not None and all(len(row.places) == call.columns for row in call.rows):
-            known = torch.tensor([row.places for row in call.rows], dtype=places.dtype, device=places.device)
-            arguments["position_ids"] = known[:, begin:]
+            known = torch.tensor([row.places[begin:end] for row in call.rows], dtype=places.dtype, device=places.device)
+            arguments["position_ids"] = known if places.dim() == 2 else known.movedim(-1, 0)
         elif places is not None:
             there = torch.ones_like(call.text) if call.mask is None else call.mask.long()
-            arguments["position_ids"] = (there.cumsum(1) - 1).clamp(min=0)[:, begin:]
+            arguments["position_ids"] = (there.cumsum(1) - 1).clamp(min=0)[:, begin:end]
         return with_cache(decoder.forward, arguments, call.cache)
 
     def _settle_cache(self, decoder: nn.Module, call: _Call) -> None:
@@ -674,6 +773,17 @@ def _rows_kept(before: torch.Tensor | None, now: torch.Tensor | None, length: in
     return same.int().argmax(1).tolist() if bool(same.any(1).all()) else []
 
 
+def _is_flat(mask: Any) -> TypeGuard[torch.Tensor]:
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2
+
+
+def _upto_column(piece: _Piece, end: int, rows: int) -> _Piece:
+    """A piece as far as the cache still holds it, for a batch of so many rows."""
+    if piece.arguments is None or (piece.end <= end and len(piece.arguments["inputs_embeds"]) == rows):
+        return _Piece(piece.begin, min(piece.end, end), piece.arguments)
+    return _Piece(piece.begin, min(piece.end, end), None)
+
+
 def _of_columns(mask: Any, rows: int) -> Any:
     """A mask of two dimensions for one of four: the columns that the last token attends to."""
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
@@ -683,10 +793,9 @@ def _of_columns(mask: Any, rows: int) -> Any:
     return last.expand(rows, -1).long()
 
 
-def _check_one_text_a_row(arguments: Mapping[str, Any]) -> None:
+def _check_one_text_a_row(ids: torch.Tensor, arguments: Mapping[str, Any]) -> None:
     """Refuse several texts that are packed into one row: which of them a mention is in can't be told."""
     places, mask = arguments.get("position_ids"), arguments.get("attention_mask")
-    ids = arguments["input_ids"]
     packed = type(cache_passed(arguments)).__name__.startswith("Paged")
     if not packed and isinstance(places, torch.Tensor) and places.dim() == 2 and places.shape == ids.shape and ids.shape[1] > 1:
         falls = places.diff(dim=1) < 0
@@ -808,5 +917,13 @@ def _warn_once(cache: str) -> None:
     warnings.warn(
         f"a {cache} can't be rewound: a mention that it holds stays as it was decided before the prompt was known whole, so "
         "the answer may differ from that to the same prompt without a cache. Run prompts in one piece, or use a DynamicCache.",
+        stacklevel=2,
+    )
+
+
+def _warn_of_embeddings() -> None:
+    warnings.warn(
+        "the model was given embeddings in place of tokens, so edits that act at mentions (LKS, a gate) don't act on them; "
+        "pass input_ids, or take an edit of weights (method='steam' without a gate)",
         stacklevel=2,
     )
