@@ -24,7 +24,15 @@ from .answers import answer_lengths, fits, greedy, says, target_probabilities
 from .base import Base
 from .card import card
 from .composition import in_order, relinked
-from .errors import BaseMismatchError, ConflictingEditsError, HubError, MergeError, PackFormatError, PackSecurityError
+from .errors import (
+    BaseMismatchError,
+    ConflictingEditsError,
+    HubError,
+    MergeError,
+    PackFormatError,
+    PackSecurityError,
+    UnsupportedArchitectureError,
+)  # fmt: skip
 from .facts import Fact, resolve_conflicts, superseded
 from .health import COLLAPSE, Health
 from .hub import PushToHub, Snapshot, check_base_of, fetch
@@ -39,7 +47,7 @@ from .positions import Text, encode, fact_text
 from .questions import asked_afterwards
 from .reading import read_facts
 from .report import Answer, EditReport, EvalReport, FactResult
-from .restore import EditsOff, Turns, Untouched, edits_off, uninterrupted
+from .restore import EditsOff, Turns, Untouched, uninterrupted
 from .storage import located
 from .weights.attach import WeightAttachment
 
@@ -60,12 +68,23 @@ _WRAPPERS: WeakKeyDictionary[nn.Module, weakref.ref[EditableModelForCausalLM]] =
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _one_at_a_time(method: F) -> F:
+def _changes(method: F) -> F:
     """For what changes which edits are active: other threads' changes wait until it is done."""
 
     @functools.wraps(method)
     def run(self: EditableModelForCausalLM, *args: Any, **kwargs: Any) -> Any:
         with self._change():
+            return method(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+def _one_at_a_time(method: F) -> F:
+    """For what leaves the active edits as they are in the end, and may take them off meanwhile."""
+
+    @functools.wraps(method)
+    def run(self: EditableModelForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        with self._turn():
             return method(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
@@ -111,9 +130,8 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         self._packs: dict[str, EditPack] = {}
         self._active: tuple[str, ...] = ()
         self._attached: list[Attachment] = []
-        self._turns = Turns()
-        self._off: dict[int, EditsOff] = {}  # of each `disable_edits` that acts on its own thread alone
-        self._set_aside: dict[int, tuple[str, ...]] = {}  # the packs that each of the others took off
+        self._turns = Turns(base_model)
+        self._set_aside: dict[int, tuple[str, ...]] = {}  # the packs that each `disable_edits` took off
         self._health: Health | None = None
         self._measured: list[tuple[dict[str, EditPack], EditReport | EvalReport]] = []  # for model cards
 
@@ -276,7 +294,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         Raises:
             ConflictingEditsError: contradictions under "error", or the pack holds another method's edits.
             ValueError: a fact or a setting is wrong.
-            UnsupportedArchitectureError: the method can't edit this model.
+            UnsupportedArchitectureError: the method can't edit this model, or the edit would have no effect on it.
         """
         settings = get_method(method).config_class.combine(config, config_overrides)
         check_name(pack_name)
@@ -333,16 +351,41 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         asked = time.perf_counter() - started
         if replaced := superseded(self.list_edits(), wanted):
             self._put(*self._without(replaced, progress))
+        answered = self._next_token_logits(wanted)
+        if not all(bool(logits.isfinite().all()) for logits in answered):
+            raise ValueError(
+                "the model's own logits hold NaN or infinity, so it can't be edited: check its weights and its dtype"
+            )
         pack = self._fit(wanted, method, settings, pack_name, seed, progress)
         fitted = time.perf_counter() - started - asked
         active = (*(n for n in self._active if n != pack_name), pack_name)
         self._put(relinked({**self._packs, pack_name: pack}, active), active)
+        self._check_effect(method, answered, self._next_token_logits(wanted))
         after = self._ask(wanted, progress) if verify else None
         health = self._check_health() if verify and pack.in_weights else {}
         results = _results(wanted, before, after, pack.fit.notes)
         report = EditReport(method, pack_name, results, fitted, time.perf_counter() - started - fitted, **health)
         self._measured = [({pack_name: self._packs[pack_name]}, report)]
         return report
+
+    def _next_token_logits(self, facts: Sequence[Fact]) -> list[torch.Tensor]:
+        """What is likely to follow the prompts of the first and the last fact, each [vocabulary]."""
+        found = []
+        for fact in as_text(self.tokenizer, list({id(fact): fact for fact in (facts[0], facts[-1])}.values())):
+            (text,) = encode(self.tokenizer, [fact_text(fact)])
+            with torch.inference_mode():
+                ids = torch.tensor([text.ids], device=self._base.device)
+                found.append(self.base_model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu())
+        return found
+
+    @staticmethod
+    def _check_effect(method: str, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> None:
+        """Refuse an edit that changes nothing, or breaks everything."""
+        if all(torch.equal(one, other) for one, other in zip(before, after, strict=True)):
+            way_out = "method='steam'" if method == "lks" else "method='lks', or another layer"
+            raise UnsupportedArchitectureError(f"the edit has no effect on this model, so it was taken back; try {way_out}")
+        if not all(bool(logits.isfinite().all()) for logits in after):
+            raise ValueError("the edited model's logits hold NaN or infinity, so the edit was taken back; load it in float32")
 
     def _check_health(self) -> dict[str, Any]:
         """Perplexity on the model's own text before all edits and now, for the report; warns of a collapse."""
@@ -398,7 +441,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
     def _with_only(self, packs: Sequence[EditPack]) -> Iterator[Callable[[], AbstractContextManager[None]]]:
         """The model with just these weight edits in force, for a method to work on; what it leaves behind is put back. Gives
         what the method takes as `clean`."""
-        with self._taken_off(), edits_off(self.base_model):
+        with self._taken_off():
             self._base.forget()  # the clean weights may be others than at the last edit
             _ = self._base.fingerprint
             untouched = Untouched(self.base_model)
@@ -582,7 +625,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         pack = pack_or_id if isinstance(pack_or_id, EditPack) else EditPack.from_pretrained(pack_or_id, **hub_kwargs)
         self._load_pack(pack, pack_name, on_conflict, verify_base)
 
-    @_one_at_a_time
+    @_changes
     def _load_pack(self, pack: EditPack, pack_name: str, on_conflict: str, verify_base: str) -> None:
         if pack_name in self._packs:
             raise ConflictingEditsError(f"there is a pack {pack_name!r} already; load this one under another pack_name")
@@ -649,7 +692,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             how.validate(fit, pack.config, self._base)
         return replace(pack, fit=fit)
 
-    @_one_at_a_time
+    @_changes
     def set_packs(self, names: str | Sequence[str]) -> None:
         """Put just these packs in force, in this order.
 
@@ -663,7 +706,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             facts += self._pack(name).facts
         self._put(self._packs, chosen)
 
-    @_one_at_a_time
+    @_changes
     def delete_pack(self, name: str) -> None:
         """Take a pack out of force and forget it.
 
@@ -680,7 +723,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         packs = self._packs  # which another thread may swap for others
         return [fact for name in self._acting if name in packs for fact in packs[name].facts]
 
-    @_one_at_a_time
+    @_changes
     def remove_edits(self, ids: str | Sequence[str], *, progress: bool = True) -> None:
         """Take single facts out of force, without training; a pack left empty is deleted. What is left of it is what the same
         values make where those facts never were.
@@ -702,7 +745,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             raise KeyError(f"no fact in force has the id {sorted(missing)[0]!r}; see model.list_edits()")
         self._put(*self._without([fact for fact in self.list_edits() if str(fact.id) in wanted], progress))
 
-    @_one_at_a_time
+    @_changes
     def rollback(self) -> None:
         """Back to the clean base model, bit for bit; all packs are forgotten."""
         self._put({}, ())
@@ -713,11 +756,12 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         Where all edits in force act at mentions (LKS, a gate), the context acts on its own thread or asynchronous task alone,
         and other threads go on running the edited model. Threads that are started inside it are other threads. Where an edit
         changes weights, it acts on all threads: runs by others wait until it ends, and where several are in one at once, the
-        edits return when the last of them leaves.
+        edits return when the last of them leaves. Enter and leave it in one thread: a generator that others step is edited.
 
         Changes by threads that are in no such context wait until all have left. A thread that changes what is active inside
         its own context does so at once, for all.
         """
+        self._check_alone()
         return self._disabled(self._act_at_mentions)
 
     def _taken_off(self) -> AbstractContextManager[None]:
@@ -731,9 +775,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             try:
                 with self._turns.lock, uninterrupted():
                     number = self._turns.enter(shared=alone)
-                    if number in self._turns.shared:
-                        self._off[number] = EditsOff(self.base_model)
-                    else:
+                    if number not in self._turns.shared:
                         self._set_aside[number] = self._active
                         self._put(self._packs, ())
                 yield
@@ -748,16 +790,24 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         return all(isinstance(attachment, MentionAttachment) for attachment in self._attached)
 
     @contextmanager
-    def _change(self) -> Iterator[None]:
-        """One change at a time. Contexts of `disable_edits` that act on their own threads act on all from then on."""
+    def _turn(self) -> Iterator[None]:
+        """Work with the model while no other thread does."""
         with self._turns.change():
             self._check_alone()
+            yield
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Change which edits are active. Contexts of `disable_edits` that act on their own threads act on all from then on."""
+        with self._turn():
             with uninterrupted():
-                for number in sorted(self._turns.shared):  # of the changing thread, else none is left
+                for number in sorted(self._turns.shared):  # the first is of the changing thread, else none is left
                     self._set_aside[number] = self._active
                     self._put(self._packs, ())
                     self._turns.shared.discard(number)
-                    self._off.pop(number).end()
+                for one in self._turns.clean.values():
+                    if one.here:
+                        one.act()
             yield
 
     def _leave(self, number: int | None) -> None:
@@ -770,10 +820,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         """Put packs in force again, beneath what was put on meanwhile; or leave it to the contexts that still need them off."""
         shared = number in self._turns.shared
         last = self._turns.leave(number)
-        if shared:
-            self._off.pop(number).end()
-            return
-        if last is False:
+        if shared or last is False:
             return
         if last:
             names = tuple(name for _, own in sorted(self._set_aside.items()) for name in own)
@@ -804,14 +851,14 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
                 self._attach_all([before[0][name] for name in before[1]])
                 raise
             self._packs, self._active = dict(packs), active
-            if packs:
-                _WRAPPERS[self.base_model] = weakref.ref(self)
+            if active or self._turns.clean:
+                _WRAPPERS[_plain(self.base_model)] = weakref.ref(self)
             else:
-                _WRAPPERS.pop(self.base_model, None)
+                _WRAPPERS.pop(_plain(self.base_model), None)
 
     def _check_alone(self) -> None:
         """Refuse a base model on which another wrapper has packs: it isn't clean."""
-        wrapper = _WRAPPERS.get(self.base_model, lambda: self)()
+        wrapper = _WRAPPERS.get(_plain(self.base_model), lambda: self)()
         if wrapper is not self:
             way_out = "load the base model again" if wrapper is None else "use that wrapper, or roll its edits back first"
             raise ConflictingEditsError(f"the base model has the edits of another EditableModelForCausalLM: {way_out}")
@@ -845,7 +892,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         self.rollback()
         return self.base_model
 
-    @_one_at_a_time
+    @_changes
     def merge_and_unload(self) -> Any:
         """The base model with the edits written into its weights for good.
 
@@ -869,7 +916,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             if isinstance(attachment, WeightAttachment):
                 attachment.settle()
         self._attached, self._packs, self._active = [], {}, ()
-        _WRAPPERS.pop(self.base_model, None)
+        _WRAPPERS.pop(_plain(self.base_model), None)
         return self.base_model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -894,7 +941,10 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
                 "edits that act at mentions (LKS, a gate) don't work with continuous batching, where several texts share a "
                 "row: use model.generate, or model.disable_edits()"
             )
-        with self._change() if at_mentions else self._turns.run():  # it works in a thread of its own
+        if not at_mentions:
+            with self._turns.run():
+                return self.base_model.generate_batch(*args, **kwargs)
+        with self._turn(), self._taken_off():  # it works in a thread of its own
             return self.base_model.generate_batch(*args, **kwargs)
 
     @_one_at_a_time
@@ -911,7 +961,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         twin = type(self)(base, self.tokenizer)
         memo[id(self)] = twin
         twin._origin = dict(self._origin)
-        twin._put(self._packs, self._active)
+        twin._put(self._packs, self._acting)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -953,6 +1003,11 @@ def packs_in(folder: Path, pack_name: str = "default") -> dict[str, EditPack]:
             )
         packs[child.name] = EditPack.from_pretrained(child)
     return in_order(packs)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model in a compiled one."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _results(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,9 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["EditsOff", "Turns", "Untouched", "edits_off", "uninterrupted"]
+__all__ = ["EditsOff", "Turns", "Untouched", "uninterrupted"]
+
+logger = logging.getLogger(__name__)
 
 _PATIENCE = 1.0  # seconds that a thread which needs the model clean lets waiting changes go first
+_LONG = 30  # seconds of waiting after which it is said for what
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -42,9 +46,9 @@ def uninterrupted() -> Iterator[None]:
 
 
 class EditsOff:
-    """While it lasts, the edits at mentions of one model don't act on the thread or asynchronous task that made this.
+    """A thread's or asynchronous task's need of a model without edits. While it lasts, edits at mentions are off there.
 
-    A thread that is started meanwhile has its own context, so the edits do act there. `end` may be called anywhere.
+    What a context variable reaches counts: work that `asyncio.to_thread` hands on does, a thread that is started doesn't.
 
     Args:
         model: the base model.
@@ -53,28 +57,35 @@ class EditsOff:
     _all: ContextVar[tuple[EditsOff, ...]] = ContextVar("edits_off", default=())
 
     def __init__(self, model: nn.Module) -> None:
+        self.thread = threading.get_ident()
         self._model: nn.Module | None = model
-        self._all.set((*self._all.get(), self))
+        self._ended = False
+        self._all.set((*(one for one in self._all.get() if not one._ended), self))
 
     @classmethod
     def of(cls, model: nn.Module | None) -> bool:
         """Whether the edits at mentions of a model are off here."""
         return any(one._model is model for one in cls._all.get())
 
-    def end(self) -> None:
-        """Let the edits act again, also where another thread does this."""
+    @property
+    def here(self) -> bool:
+        """Whether it was made by this thread or task, or by the one that handed on this work."""
+        return self in self._all.get()
+
+    @property
+    def mine(self) -> bool:
+        """Whether to wait for its end would be to wait for oneself."""
+        return self.thread == threading.get_ident() or self.here
+
+    def act(self) -> None:
+        """Let the edits act again, though the model is still needed without those that were in force."""
         self._model = None
-        self._all.set(tuple(one for one in self._all.get() if one is not self))
 
-
-@contextmanager
-def edits_off(model: nn.Module) -> Iterator[None]:
-    """A context in which no edit at mentions acts on a base model, on the thread or task that enters it alone."""
-    off = EditsOff(model)
-    try:
-        yield
-    finally:
-        off.end()
+    def end(self) -> None:
+        """Let the edits act again; also another thread may do this."""
+        self._model, self._ended = None, True
+        if self.here:
+            self._all.set(tuple(one for one in self._all.get() if one is not self))
 
 
 class Turns:
@@ -83,19 +94,23 @@ class Turns:
 
     Attributes:
         lock: held for every change; the thread that holds it may take it again.
-        clean: by number, in the order in which they began, the contexts that need the model without edits, each with the
-            thread that entered it. Another thread may leave it: generators wander.
+        clean: by number, in the order in which they began, the contexts that need the model without edits. Another thread than
+            began one may end it: generators wander.
         shared: of these the ones beside which other threads run the edited model.
+
+    Args:
+        model: the base model.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.lock = threading.RLock()
-        self.clean: dict[int, int] = {}
+        self.clean: dict[int, EditsOff] = {}
         self.shared: set[int] = set()
+        self._model = model
         self._numbers = count()
         self._waiting = 0  # changes
         self._changing: int | None = None  # the thread that holds the lock for a change
-        self._running: dict[int, int] = {}  # by thread, how many runs of the model are under way
+        self._running: dict[object, int] = {}  # the runs of the model that are under way, each with its thread
         self._moved = threading.Condition(self.lock)
 
     @contextmanager
@@ -106,7 +121,7 @@ class Turns:
             before = self._changing
             if before != me:  # to wait gives the lock away
                 # who needs the model clean as well does not wait: two such threads would wait for each other
-                self._wait_while(lambda: bool(self.clean and me not in self.clean.values()) or self._others_run(me))
+                self._wait_while(lambda: bool(self.clean and not self._mine()) or self._others_run(me))
             self._changing = me
             try:
                 yield
@@ -116,34 +131,54 @@ class Turns:
     @contextmanager
     def run(self) -> Iterator[None]:
         """Run the model as it stands: changes by other threads wait meanwhile. While another thread changes it, or needs it
-        without edits, the run waits. In a thread that does so itself it never waits."""
-        me = threading.get_ident()
-        with self.lock:
-            if me not in self._running and me not in self.clean.values():
-                while self._waiting or self.clean.keys() - self.shared:
-                    self._moved.wait()
-            self._running[me] = self._running.get(me, 0) + 1
+        without edits of weights, the run waits. In a thread that does so itself it never waits."""
+        me, this = threading.get_ident(), object()
         try:
-            yield
-        finally:
-            with self.lock:
-                self._running[me] -= 1
-                if not self._running[me]:
-                    del self._running[me]
-                self._moved.notify_all()
+            try:
+                with self.lock:
+                    if me not in self._running.values() and not self._mine():
+                        while self._waiting or self._exclusive():
+                            self._wait()
+                    self._running[this] = me
+                yield
+            finally:
+                self._ran(this)
+        except BaseException:  # also an interrupt on the way out
+            self._ran(this)
+            raise
+
+    def _ran(self, run: object) -> None:
+        with self.lock:
+            self._running.pop(run, None)
+            self._moved.notify_all()
+
+    def _mine(self) -> bool:
+        return any(one.mine for one in self.clean.values())
+
+    def _exclusive(self) -> set[int]:
+        return self.clean.keys() - self.shared
 
     def _others_run(self, me: int) -> bool:
-        return any(thread != me for thread in self._running)
+        return any(thread != me for thread in self._running.values())
 
     def _wait_while(self, condition: Callable[[], bool]) -> None:
         """Wait with the lock held; new runs wait, too."""
         while condition():
             self._waiting += 1
             try:
-                self._moved.wait()
+                self._wait()
             finally:
                 self._waiting -= 1
                 self._moved.notify_all()
+
+    def _wait(self) -> None:
+        if not self._moved.wait(_LONG):
+            logger.warning(
+                "waiting for another thread, which runs the model or has its edits disabled, for over %d seconds; a generator "
+                "that is inside model.disable_edits() must be stepped by one thread",
+                _LONG,
+            )
+            self._moved.wait()
 
     def enter(self, shared: Callable[[], bool]) -> int:
         """Begin to need the clean model; gives the number. Call it with the lock held.
@@ -152,14 +187,14 @@ class Turns:
             shared: whether the edits, as they stand when this is called, can be off for one thread alone.
         """
         me = threading.get_ident()
-        if self._changing != me and me not in self.clean.values():
+        if self._changing != me and not self._mine():
             if self._waiting:  # threads that come and go would never let a change through
                 self._moved.wait_for(lambda: not self._waiting, _PATIENCE)
             self._wait_while(lambda: not self.clean and self._others_run(me) and not shared())
         number = next(self._numbers)
-        if not self.clean.keys() - self.shared and shared():
+        if not self._exclusive() and shared():
             self.shared.add(number)
-        self.clean[number] = me
+        self.clean[number] = EditsOff(self._model)
         self._moved.notify_all()
         return number
 
@@ -167,13 +202,21 @@ class Turns:
         """Need the clean model no more. Call it with the lock held.
 
         Returns:
-            Whether nobody else needs it; None where only contexts around this one do, in the same thread.
+            Whether nobody else needs it, but for those who share it; None where only contexts around this one do, in the same
+            thread.
         """
-        me = self.clean.pop(number)
+        one = self.clean.pop(number)
+        if number in self.shared and not one.here:
+            logger.warning(
+                "model.disable_edits() was left by another thread or task than entered it; what ran there was edited all the "
+                "time. Enter and leave it in one thread, for each step of a generator anew"
+            )
         self.shared.discard(number)
+        one.end()
         self._moved.notify_all()
-        own = [other for other, thread in self.clean.items() if thread == me]
-        return not self.clean if not own or own[-1] > number else None
+        rest = self._exclusive()
+        own = [other for other in sorted(rest) if self.clean[other].mine]
+        return not rest if not own or own[-1] > number else None
 
 
 class Untouched:

@@ -7,6 +7,7 @@ import pickle
 import random
 import warnings
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -25,7 +26,7 @@ from hf_edit.methods.scope.attachment import MentionAttachment
 from hf_edit.methods.scope.points import Effect
 from hf_edit.methods.scope.tracker import EMPTY, Spellings, Tracker, begun
 from hf_edit.positions import pad
-from hf_edit.restore import edits_off
+from hf_edit.restore import EditsOff
 from hf_edit.routing import Routing
 from hf_edit.scope import Entities, Scope
 from hf_edit.suffix import hidden_of
@@ -117,6 +118,13 @@ def single(base, text):
     """The logits of a prompt run alone, whole, without a cache."""
     with torch.no_grad():
         return base.model(input_ids=ids_of(base, text), use_cache=False).logits[0]
+
+
+@contextmanager
+def edits_off(model):
+    off = EditsOff(model)
+    yield
+    off.end()
 
 
 def generated(base, ids, **settings):

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import gc
 import math
+import pickle
 import signal
 import sys
 import threading
@@ -14,12 +15,22 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import FACTS, QUICK_LKS, QUICK_STEAM, same, snapshot, tiny_model
+from conftest import FACTS, QUICK_LKS, QUICK_STEAM, interrupted, same, snapshot, tiny_model
 
-from hf_edit import ConflictingEditsError, EditableModelForCausalLM, Fact, MergeError, SteamConfig, answers, available_methods
+from hf_edit import (
+    ConflictingEditsError,
+    EditableModelForCausalLM,
+    Fact,
+    MergeError,
+    SteamConfig,
+    UnsupportedArchitectureError,
+    answers,
+    available_methods,
+    restore,
+)
 from hf_edit.base import Base
 from hf_edit.methods import get_method
-from hf_edit.methods.lks import swap_entity
+from hf_edit.methods.lks import swap, swap_entity
 from hf_edit.positions import fact_text
 
 QUICK = {
@@ -647,7 +658,25 @@ def test_editing_works_where_gradients_are_off(llama):
 
 
 def test_the_last_block_can_be_edited_though_no_anchor_lies_above_it(llama):
-    assert len(_edit(llama, FACTS[:1], layers=[5], anchor_weight=1.0)) == 1
+    fact = Fact("France", "The capital of {}", "Lyon")
+    assert len(_edit(llama, fact, layers=[5], anchor_weight=1.0)) == 1
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_edit_without_effect_is_refused_and_taken_back(llama, verify):
+    """What the last block writes at a subject reaches no later token."""
+    clean = snapshot(llama.base_model)
+    with pytest.raises(UnsupportedArchitectureError, match="no effect"):
+        _edit(llama, FACTS[:1], layers=[5], verify=verify)
+    assert same(clean, llama.base_model)
+    assert llama.packs == {}
+
+
+def test_a_model_with_broken_weights_is_refused_before_anything_is_fitted(llama):
+    with torch.no_grad():
+        llama.base_model.model.layers[2].mlp.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="the model's own logits hold NaN"):
+        _edit(llama, verify=False)
 
 
 def test_nothing_is_made_that_could_not_be_loaded(llama):
@@ -796,6 +825,32 @@ def test_a_state_dict_is_not_loaded_under_a_weight_edit(llama):
     llama.base_model.load_state_dict(clean)
 
 
+def test_a_part_of_a_model_loads_no_state_dict_under_a_weight_edit_either(llama):
+    inner = snapshot(llama.base_model.model)
+    _edit(llama)
+    with pytest.raises(RuntimeError, match=r"model\.disable_edits"):
+        llama.base_model.model.load_state_dict(inner)
+    others = {name: tensor for name, tensor in inner.items() if "down_proj" not in name}
+    llama.base_model.model.load_state_dict(others, strict=False)
+
+
+def test_a_state_dict_is_loaded_where_the_edit_stands_beside_the_weights(tokenizer):
+    llama = EditableModelForCausalLM(tiny_model("llama").bfloat16(), tokenizer)
+    clean = snapshot(llama.base_model)
+    _edit(llama)
+    llama.base_model.load_state_dict(clean)
+    llama.rollback()
+    assert same(clean, llama.base_model)
+
+
+def test_a_pickled_base_loads_state_dicts(llama):
+    clean = snapshot(llama.base_model)
+    _edit(llama)
+    twin = pickle.loads(pickle.dumps(llama.base_model))
+    twin.load_state_dict(clean)
+    assert same(clean, twin)
+
+
 def test_a_merged_model_loads_state_dicts(llama):
     clean = snapshot(llama.base_model)
     _edit(llama)
@@ -817,6 +872,78 @@ def test_what_is_trained_under_a_weight_edit_stays_and_all_else_is_rolled_back(l
     torch.testing.assert_close(trained, torch.ones_like(trained))
     now[f"{name}.weight"][:, 3] = clean[f"{name}.weight"][:, 3]
     assert all(torch.equal(now[key], tensor) for key, tensor in clean.items())
+
+
+def test_what_was_trained_stays_whatever_arithmetic_the_rollback_is_called_in(llama):
+    clean = snapshot(llama.base_model)
+    _edit(llama)
+    name = llama.packs["default"].fit.modules[-1]
+    with torch.no_grad():
+        llama.base_model.get_submodule(name).weight[0, 0] += 1
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        llama.rollback()
+    now = snapshot(llama.base_model)
+    assert now[f"{name}.weight"][0, 0] - clean[f"{name}.weight"][0, 0] == pytest.approx(1, abs=1e-5)
+    now[f"{name}.weight"][0, 0] = clean[f"{name}.weight"][0, 0]
+    assert all(torch.equal(now[key], tensor) for key, tensor in clean.items())
+    assert not any(parameter.is_inference() for parameter in llama.base_model.parameters())
+
+
+def test_double_precision_is_edited(tokenizer):
+    llama = EditableModelForCausalLM(tiny_model("llama").double(), tokenizer)
+    assert _landed(_edit(llama, FACTS[:1], "memit"))
+
+
+def test_packs_that_are_out_of_force_leave_the_base_to_others(llama):
+    _edit(llama, FACTS[:1])
+    llama.set_packs([])
+    other = EditableModelForCausalLM(llama.base_model, llama.tokenizer)
+    _edit(other, FACTS[1:2])
+    with pytest.raises(ConflictingEditsError):
+        llama.set_packs("default")
+    with pytest.raises(ConflictingEditsError), llama.disable_edits():
+        pass
+    other.rollback()
+    llama.set_packs("default")
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_anywhere_around_a_run_leaves_no_run_open(llama):
+    """Else other threads' changes would wait for ever."""
+    ids = torch.tensor([[5, 6, 7]])
+    files = {restore.__file__}
+    for line in range(1, 60):
+        if not interrupted(lambda: llama.forward(input_ids=ids), files, line):
+            break
+        assert not llama._turns._running
+    else:
+        pytest.fail("the run has more lines than were tried")
+    assert line > 10
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_anywhere_around_an_entity_swap_leaves_nothing_behind(llama):
+    files = {swap.__file__, restore.__file__}
+
+    def swapped():
+        with swap_entity(llama, "France", "Spain"):
+            pass
+
+    for line in range(1, 400):
+        if not interrupted(swapped, files, line):
+            break
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.base_model.modules()), line
+        assert not llama._turns.clean
+    else:
+        pytest.fail("the swap has more lines than were tried")
+
+
+def test_an_entity_swap_ends_though_another_wrapper_has_edited_the_base_meanwhile(llama):
+    other = EditableModelForCausalLM(llama.base_model, llama.tokenizer)
+    with swap_entity(llama, "France", "Spain"):
+        _edit(other, FACTS[:1])
+    other.rollback()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.base_model.modules())
 
 
 def test_rolling_back_inside_an_entity_swap_leaves_the_model_as_it_was(llama):
@@ -888,6 +1015,51 @@ class TestDisablingEditsAtMentions:
             return await asyncio.gather(*(asked(off) for off in (True, False, True, False)))
 
         assert asyncio.run(both()) == [self.clean, self.changed] * 2
+
+    def test_a_task_is_measured_edited_while_another_has_them_off(self, edited):
+        async def disable():
+            with edited.disable_edits():
+                await asyncio.sleep(0.05)
+                return self.answer(edited)
+
+        async def measure():
+            await asyncio.sleep(0.01)
+            report = edited.evaluate(mode="teacher_forced", progress=False)
+            return report.values("efficacy.nll"), self.answer(edited), edited.perplexity()
+
+        async def both():
+            return await asyncio.gather(disable(), measure())
+
+        expected = (
+            edited.evaluate(mode="teacher_forced", progress=False).values("efficacy.nll"),
+            self.changed,
+            edited.perplexity(),
+        )
+        assert asyncio.run(both()) == [self.clean, expected]
+        assert edited.active_packs == ["default"]
+
+    def test_work_that_is_handed_on_inside_the_context_waits_for_nobody(self, edited):
+        async def measured():
+            with edited.disable_edits():
+                return await asyncio.to_thread(lambda: (self.answer(edited), edited.perplexity()))
+
+        answer, _ = asyncio.run(asyncio.wait_for(measured(), 60))
+        assert answer == self.clean
+
+    def test_a_generator_that_others_step_is_told_of(self, edited, caplog):
+        def stream():
+            with edited.disable_edits():
+                for _ in range(2):
+                    yield self.answer(edited)
+
+        stepped = stream()
+
+        async def step():
+            return [await asyncio.to_thread(next, stepped, None) for _ in range(3)]
+
+        asyncio.run(step())
+        assert "left by another thread or task" in caplog.text
+        assert self.answer(edited) == self.changed
 
     def test_another_model_keeps_its_own(self, edited, tokenizer):
         other = EditableModelForCausalLM(tiny_model("llama"), tokenizer)

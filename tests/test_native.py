@@ -70,7 +70,8 @@ def test_assisted_decoding_gives_what_the_edited_model_says_alone(edited, method
     assert torch.equal(_generate(edited, do_sample=False, assistant_model=assistant), plain)
 
 
-def test_a_compiled_model_follows_edits_and_rollback(edited):
+@METHODS
+def test_a_compiled_model_follows_edits_and_rollback(edited, method):
     compiled = torch.compile(edited.get_base_model(), backend="eager")
     ids = torch.tensor([edited.tokenizer(PROMPT)["input_ids"]])
 
@@ -79,6 +80,9 @@ def test_a_compiled_model_follows_edits_and_rollback(edited):
             torch.testing.assert_close(compiled(input_ids=ids).logits, edited(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
 
     agrees()
+    with edited.disable_edits():
+        agrees()
+    agrees()
     before = _logits(edited)
     pack = edited.packs["default"]
     edited.rollback()
@@ -86,6 +90,32 @@ def test_a_compiled_model_follows_edits_and_rollback(edited):
     assert not torch.allclose(before, _logits(edited), atol=1e-4)
     edited.load_pack(pack)
     agrees()
+
+
+@METHODS
+@pytest.mark.parametrize("how", ["copied", "pickled"])
+def test_a_copy_of_the_base_made_without_edits_is_clean(edited, method, how):
+    with edited.disable_edits():
+        base, clean = edited.get_base_model(), _logits(edited)
+        twin = copy.deepcopy(base) if how == "copied" else pickle.loads(pickle.dumps(base))
+    assert not torch.equal(_logits(edited), clean)
+    with torch.no_grad():
+        ids = torch.tensor([edited.tokenizer(PROMPT)["input_ids"]])
+        assert torch.equal(twin(input_ids=ids).logits, clean)
+    twin.load_state_dict(snapshot(twin))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
+def test_a_saved_peft_adapter_is_loaded_onto_an_edited_model(edited, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    adapter = LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny_model("llama"), adapter).save_pretrained(tmp_path)
+    expected = _logits(edited)
+    loaded = PeftModel.from_pretrained(edited.get_base_model(), tmp_path)
+    with torch.no_grad():
+        logits = loaded(input_ids=torch.tensor([edited.tokenizer(PROMPT)["input_ids"]])).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,14 +67,17 @@ class WeightAttachment:
         self._originals: list[_Original] = []
         self._handles: list[Any] = []
         try:
-            self._handles.append(model.register_load_state_dict_pre_hook(_NoLoading()))
+            swapped = []
             for name, module in modules.items():
                 weight = module.weight
                 if isinstance(weight, nn.Parameter) and _is_plain(weight):
                     self._swap(module, weight, factors[name])
+                    swapped.append(f"{name}.weight")
                 else:
                     self._branch(module, factors[name])
                     self.in_place = False
+            if swapped:  # refused before any other module has loaded its part
+                self._handles.append(model.register_load_state_dict_pre_hook(_NoLoading(swapped)))
         except BaseException:
             self.detach()
             raise
@@ -92,11 +95,11 @@ class WeightAttachment:
         self._handles, self._originals = [], []
 
     def _swap(self, module: nn.Module, weight: nn.Parameter, change: Factors) -> None:
-        left, right = (t.to(weight.device, weight.dtype) for t in (change.left, change.right))
-        dense = left @ right
-        changed = weight.data + (dense.T if is_transposed(module) else dense)
-        self._originals.append(_Original(weight, weight.data, _Trace.of(changed), change, is_transposed(module)))
-        weight.data = changed
+        original = _Original(weight, weight.data, change, is_transposed(module))
+        written = original.written()
+        self._originals.append(replace(original, trace=_Trace.of(written)))
+        weight.data = written
+        self._handles.append(module.register_load_state_dict_pre_hook(_NoLoading(["weight"])))
 
     def _branch(self, module: nn.Module, change: Factors) -> None:
         placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -141,20 +144,28 @@ class _Original:
 
     weight: nn.Parameter
     tensor: torch.Tensor
-    trace: _Trace
     change: Factors
     transposed: bool
+    trace: _Trace | None = None
 
+    @torch.inference_mode(False)
+    def written(self) -> torch.Tensor:
+        """The changed weight, in the original's dtype, on the device where the weight is now."""
+        device = self.weight.device
+        with torch.autocast(device.type, enabled=False):
+            left, right = (t.to(device, self.tensor.dtype) for t in (self.change.left, self.change.right))
+            return self.tensor.to(device) + ((left @ right).T if self.transposed else left @ right)
+
+    @torch.inference_mode(False)
     def put_back(self) -> None:
         weight = self.weight
         original = self.tensor.to(weight.device, weight.dtype)  # the model may have been moved or cast meanwhile
-        if weight.is_meta or self.trace.fits(weight.data):
+        if weight.is_meta or self.trace is None or self.trace.fits(weight.data):
             weight.data = original
             return
-        left, right = (t.to(weight.device, self.tensor.dtype) for t in (self.change.left, self.change.right))
-        dense = (left @ right).T if self.transposed else left @ right
-        written = (self.tensor.to(weight.device) + dense).to(weight.dtype)
-        weight.data = original + (weight.data - written)  # what was trained stays
+        written = self.written().to(weight.dtype)
+        trained = original + (weight.data - written)
+        weight.data = torch.where(weight.data == written, original, trained)
 
 
 @dataclass(frozen=True)
@@ -163,12 +174,12 @@ class _Trace:
 
     Attributes:
         dtype: as it was written.
-        sums: of each row's bits, int64.
+        sums: of each row's bits and of each column's, int64.
         sample: for a weight that was cast since.
     """
 
     dtype: torch.dtype
-    sums: torch.Tensor
+    sums: tuple[torch.Tensor, torch.Tensor]
     sample: torch.Tensor
 
     @classmethod
@@ -177,13 +188,13 @@ class _Trace:
 
     def fits(self, weight: torch.Tensor) -> bool:
         if weight.dtype == self.dtype:
-            return torch.equal(_sums(weight), self.sums.to(weight.device))
+            return all(torch.equal(one, other.to(one.device)) for one, other in zip(_sums(weight), self.sums, strict=True))
         return torch.equal(_sample(weight), self.sample.to(weight.device, weight.dtype))
 
 
-def _sums(weight: torch.Tensor) -> torch.Tensor:
+def _sums(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     bits = weight.detach().view(torch.int64 if weight.element_size() == 8 else torch.int32)
-    return bits.sum(-1, dtype=torch.int64)  # exact in any order
+    return bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)  # exact in any order
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
@@ -192,20 +203,20 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
 
 
 class _NoLoading:
-    """Refuses a state dict; a copy of the model, which nobody takes a change off, loads what it likes."""
+    """Refuses a state dict that holds some weights; a copy, of a model that nobody takes a change off, refuses none."""
 
-    def __init__(self, refuses: bool = True) -> None:
-        self._refuses = refuses
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
 
-    def __call__(self, *_: Any) -> None:
-        if self._refuses:
+    def __call__(self, _: nn.Module, state: Mapping[str, Any], prefix: str, *__: Any) -> None:
+        if any(prefix + name in state for name in self._names):
             raise RuntimeError(
                 "an edit is in force, and whether this state dict holds it can't be known: load it inside "
                 "model.disable_edits(), or make the edit part of the weights first (model.merge_and_unload)"
             )
 
-    def __deepcopy__(self, _: Any) -> _NoLoading:
-        return _NoLoading(refuses=False)
+    def __reduce__(self) -> tuple[type[_NoLoading], tuple[tuple[()]]]:
+        return _NoLoading, ((),)
 
 
 def _is_plain(weight: nn.Parameter) -> bool:
@@ -262,7 +273,7 @@ def _check_size(name: str, module: Any, norm: float) -> None:
     """Refuse a change that is far larger than the weight itself."""
     weight = module.weight
     if isinstance(weight, torch.Tensor) and weight.is_floating_point() and not weight.is_meta:
-        own = float(weight.detach().norm(dtype=torch.float32))
+        own = float(weight.detach().norm(dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32))
         if norm > _MAX_CHANGE * own > 0:
             raise PackFormatError(f"the pack's change of {name} is {norm / own:.1e} times as large as the weight: no edit is")
 

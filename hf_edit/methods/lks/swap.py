@@ -8,7 +8,7 @@ not been handed on yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from ...base import Base
 from ...positions import Text, encode
+from ...restore import uninterrupted
 from ...scope import Entities, Scope
 from ...suffix import frozen, read_keys_and_states
 from ..scope.attachment import MentionAttachment
@@ -61,10 +62,21 @@ def swap_entity(
     with torch.device(base.device):
         generator = OverwriteGenerator(code.shape[1])
     effects = {base.layout().blocks[block]: Rewriting(generator.requires_grad_(False), code)}
-    with model._change():
-        attachment = MentionAttachment(base, Entities(Scope([[entity]]), ((0,),)), effects)
+    attached: list[MentionAttachment] = []
     try:
-        yield
-    finally:
-        with model._change():
+        try:
+            with model._turn(), uninterrupted():
+                attached.append(MentionAttachment(base, Entities(Scope([[entity]]), ((0,),)), effects))
+            yield
+        finally:
+            with model._turns.change():
+                _detach(attached)
+    except BaseException:  # also an interrupt on the way out
+        _detach(attached)
+        raise
+
+
+def _detach(attached: Sequence[MentionAttachment]) -> None:
+    with uninterrupted():
+        for attachment in attached:
             attachment.detach()

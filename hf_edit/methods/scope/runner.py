@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -48,6 +49,7 @@ __all__ = ["Edit", "Runner"]
 _RECORD = "_hf_edit_rows"
 _OF_TOKENS = {"inputs_embeds", "attention_mask", "position_ids", "cache_position", *CACHE_NAMES}
 
+F = TypeVar("F", bound=Callable[..., Any])
 States = dict[str, State]
 Writes = dict[str, dict[int, Write]]  # by edit, the fact that acts at a token, by its index
 
@@ -219,6 +221,17 @@ class _Now(threading.local):
         return _Now, ()
 
 
+def _eager(hook: F) -> F:
+    """A hook that a compiler does not trace into. The public decorator imports the compiler at once, which takes seconds."""
+    return torch._disable_dynamo(hook)  # type: ignore[return-value]
+
+
+def _compile_anew() -> None:
+    """Compiled code does not look whether a module has other hooks than before."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 class Runner:
     """Runs a model with the edits that act at mentions, from the first of them until the last is taken off.
 
@@ -231,6 +244,7 @@ class Runner:
         self.edits: list[Edit] = []
         self._key = uuid.uuid4().hex
         self._now = _Now()
+        self._clean_copy = False  # of a model whose edits were off
         self._effects: dict[str, list[Any]] = {}
         self._readers: list[Any] = []
         decoder = self._layout.decoder
@@ -250,6 +264,13 @@ class Runner:
         found = (getattr(hook, "__self__", None) for hook in hooks)
         return next((one for one in found if isinstance(one, cls)), None) or cls(base)
 
+    @property
+    def _off(self) -> bool:
+        return self._clean_copy or EditsOff.of(self._model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_clean_copy": self._off}
+
     def add(self, edit: Edit) -> None:
         """Let an edit act."""
         self.edits.append(edit)
@@ -258,6 +279,7 @@ class Runner:
             for module, effect in edit.effects.items()
         ]
         self._read_first()
+        _compile_anew()
 
     def remove(self, edit: Edit) -> None:
         """Take an edit off; with the last one the model is left as it was."""
@@ -265,6 +287,7 @@ class Runner:
             handle.remove()
         self.edits = [one for one in self.edits if one is not edit]
         self._read_first()
+        _compile_anew()
         if self.edits or self._model is None:
             return
         for handle in self._handles:
@@ -291,12 +314,15 @@ class Runner:
 
     # --- before the decoder runs ---
 
+    @_eager
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._now.outer = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
 
+    @_eager
     def _leave(self, *_: Any) -> None:
         self._now.outer = None, None
 
+    @_eager
     def _before(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]] | None:
@@ -308,7 +334,7 @@ class Runner:
         kind: Any = type(decoder)
         arguments = dict(list(_signature(kind).bind_partial(decoder, *args, **kwargs).arguments.items())[1:])
         arguments = {**arguments.pop("kwargs", {}), **arguments}
-        off = EditsOff.of(self._model)
+        off = self._off
         ids = None if off else self._tokens(arguments)
         if ids is None:
             if not off:
@@ -467,21 +493,24 @@ class Runner:
 
     # --- while it runs ---
 
+    @_eager
     def _read(self, block: int, _: nn.Module, __: Any, output: Any) -> None:
         """After a block that gates read."""
-        if self._now.run is not None and not EditsOff.of(self._model):
+        if self._now.run is not None and not self._off:
             self._now.run.read[block] = hidden_of(output).detach()
 
+    @_eager
     def _act(self, key: str, effect: Effect, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After a module: what the edit does there."""
         run = self._now.run
-        if run is None or EditsOff.of(self._model):  # a block that is run by itself, after a run that was cut off
+        if run is None or self._off:  # a block that is run by itself, after a run that was cut off
             return None
         points = run.at(key, hidden_of(output))
         return effect(args[0], output, points) if points.rows else None
 
     # --- after it has run ---
 
+    @_eager
     def _after(self, decoder: nn.Module, _: Any, output: Any) -> Any:
         """Run tokens again where other facts are active than the run had; remember what the cache holds."""
         now = self._now
