@@ -21,6 +21,7 @@ from .texts import generate_ids
 __all__ = [
     "Score",
     "answer_lengths",
+    "check_positions",
     "fits",
     "greedy",
     "mentions",
@@ -33,6 +34,7 @@ __all__ = [
 
 _LEAD = 4  # tokens that an answer may begin with before its target, such as "the city of"
 _STEP = 16  # answers longer than the shortest are read in steps of so many tokens, so that they form few batches
+_ROOM = 32  # positions for what a prompt is fitted behind
 _READS = 1024  # positions that one forward reads logits at: 200 MB at a vocabulary of 50,000
 
 
@@ -67,6 +69,20 @@ def fits(base: Base, text: EncodedText, more: int = 0) -> bool:
 def _positions(base: Base) -> int:
     config = base.model.config.get_text_config(decoder=True)
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or sys.maxsize
+
+
+def check_positions(base: Base, facts: Sequence[Fact]) -> None:
+    """Refuse facts that don't fit into the model's context, with a few words before them, which they are fitted with.
+
+    Raises:
+        ValueError: a prompt with its target takes more tokens than that.
+    """
+    for fact, text in zip(facts, encode(base.tokenizer, [fact_text(f, target=f.target) for f in facts]), strict=True):
+        if not fits(base, text, _ROOM):
+            raise ValueError(
+                f"the prompt and target of {fact.subject!r:.60} take {len(text.ids)} tokens, and {_ROOM} more are needed for "
+                f"the contexts they are fitted in, but the model has {_positions(base)} positions: shorten the prompt"
+            )
 
 
 def greedy(

@@ -13,7 +13,7 @@ from accelerate.utils import align_module_device
 
 from .layout import Layout, find_layout
 
-__all__ = ["Base", "autocast", "seeded"]
+__all__ = ["Base", "autocast", "float32_by_default", "seeded"]
 
 _SAMPLE = 1024
 
@@ -93,6 +93,17 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """New tensors are float32 where their maker names no dtype, whatever `torch.set_default_dtype` was called with."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def autocast(device: torch.device, compute_dtype: str) -> AbstractContextManager[object]:

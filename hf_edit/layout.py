@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 from collections.abc import Sequence
@@ -72,9 +73,11 @@ class Layout:
         name = self.projections[self.block(index)]
         if name is None:
             children = ", ".join(n for n, _ in self.blocks[index].named_modules() if n) or "none"
+            others = [i for i, projection in enumerate(self.projections) if projection is not None]
+            elsewhere = f"These blocks have one: layers={others}. " if others else ""
             raise UnsupportedArchitectureError(
                 f"block {index} ({type(self.blocks[index]).__name__}) has no MLP output projection that could be found by "
-                "structure (a 2-D weight from the MLP's width to the hidden size). Name it yourself with "
+                f"structure (a 2-D weight from the MLP's width to the hidden size). {elsewhere}Name it yourself with "
                 f"edit_module='{self.blocks_path}.{{}}.<child>', or use method='lks', which edits no weight. "
                 f"The block's children: {children}."
             )
@@ -90,7 +93,8 @@ def find_layout(model: Any, edit_module: str | None = None) -> Layout:
             where the structure does not tell.
 
     Raises:
-        UnsupportedArchitectureError: no list of blocks, or `edit_module` names no matrix that writes to the hidden state.
+        UnsupportedArchitectureError: no list of blocks, or `edit_module` names no module, or no matrix that writes to the
+            hidden state.
     """
     config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
     hidden = int(config.hidden_size)
@@ -102,6 +106,12 @@ def find_layout(model: Any, edit_module: str | None = None) -> Layout:
         else:
             child = _find_projection(block, hidden)
             names.append(f"{path}.{index}.{child}" if child else None)
+    if edit_module is not None and not any(names):
+        known = [f"{path}.{{}}.{name}" for name, _ in blocks[0].named_modules() if name]
+        meant = difflib.get_close_matches(edit_module, known, 1)
+        raise UnsupportedArchitectureError(
+            f"no block has a module {edit_module!r}" + (f"; did you mean {meant[0]!r}?" if meant else f": it has {known}")
+        )
     return Layout(tuple(blocks), path, _decoder_of(model, path), tuple(names), hidden)
 
 
@@ -191,15 +201,17 @@ def _decoder_of(model: Any, blocks_path: str) -> nn.Module:
 
 
 def _find_projection(block: nn.Module, hidden: int) -> str | None:
-    found = None
+    """The matrix that leads from the MLP's width back to the residual stream: of several that write there (adapters, inputs of
+    single blocks, MLPs in norms), the one that reads most. Of equals the last."""
+    found, widest = None, 0
     for name, module in block.named_modules():
         if not name or _NOT_MLP.search(name) or isinstance(module, nn.Embedding):
             continue
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dim() == 2:
             out, width = weight_shape(module)
-            if out == hidden and width != hidden:
-                found = name
+            if out == hidden and width != hidden and width >= widest:
+                found, widest = name, width
     return found
 
 

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .answers import answer_lengths, fits, greedy, says, target_probabilities
-from .base import Base
+from .answers import answer_lengths, check_positions, fits, greedy, says, target_probabilities
+from .base import Base, float32_by_default
 from .card import card
 from .composition import in_order, relinked
 from .errors import (
@@ -38,6 +38,7 @@ from .health import COLLAPSE, Health
 from .hub import PushToHub, Snapshot, check_base_of, fetch
 from .lm.chat import Messages, chat_frame, chat_text, is_messages
 from .lm.chat_forms import asked_plainly
+from .lm.supported import check_language_model, check_tokenizer
 from .message_prompts import as_given, as_text, fit_as_text
 from .methods import EditConfig, get_method
 from .methods.base import Attachment
@@ -103,25 +104,31 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
 
     Args:
         base_model: a causal language model of transformers.
-        tokenizer: its fast tokenizer; by default loaded from where the model came from.
+        tokenizer: its fast tokenizer, or where to load it from; by default where the model came from.
         base_revision: revision of the base, to be recorded in packs.
 
     Raises:
         ConflictingEditsError: the base model has the edits of another wrapper.
-        ValueError: no tokenizer was given and none is found by the model's name.
+        TypeError: `base_model` is no model.
+        UnsupportedArchitectureError: it is no causal language model.
+        ValueError: no tokenizer was given and none is found by the model's name, or the tokenizer is not a fast one.
     """
 
     def __init__(self, base_model: Any, tokenizer: Any = None, *, base_revision: str | None = None) -> None:
         super().__init__()
         if isinstance(base_model, EditableModelForCausalLM):
             raise ValueError("the model is editable already; wrap its base: model.get_base_model()")
+        check_language_model(getattr(base_model, "_orig_mod", base_model))
         name = getattr(base_model, "name_or_path", "") or None
         if name and Path(name).is_dir():
             name = str(Path(name).resolve())  # a pack must find its base from any working directory
         if tokenizer is None:
             if not name:
                 raise ValueError("this model does not say where it came from; pass its tokenizer: tokenizer=...")
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = name
+        if isinstance(tokenizer, (str, os.PathLike)):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        check_tokenizer(tokenizer)
         self.base_model = base_model
         self._check_alone()
         self.tokenizer = tokenizer
@@ -334,6 +341,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
         previous = self._packs.get(pack_name)
         inactive = previous.facts if previous is not None and pack_name not in self._active else ()
         wanted = resolve_conflicts(read_facts(facts), [*self.list_edits(), *inactive], on_conflict)
+        check_positions(self._base, as_text(self.tokenizer, wanted))
         _check_ids(wanted, previous.facts if previous is not None else ())
         as_text(self.tokenizer, wanted)  # raises where a fact is a chat that the model can't read
         if previous is not None and previous.method != method:
@@ -375,7 +383,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
             (text,) = encode(self.tokenizer, [fact_text(fact)])
             with torch.inference_mode():
                 ids = torch.tensor([text.ids], device=self._base.device)
-                found.append(self.base_model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu())
+                found.append(self.base_model(input_ids=ids, use_cache=False, return_dict=True).logits[0, -1].float().cpu())
         return found
 
     @staticmethod
@@ -792,7 +800,7 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """Work with the model while no other thread does."""
-        with self._turns.change():
+        with self._turns.change(), float32_by_default():
             self._check_alone()
             yield
 

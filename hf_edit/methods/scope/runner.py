@@ -373,7 +373,7 @@ class Runner:
 
     def _call(self, ids: torch.Tensor, arguments: dict[str, Any], shown: tuple[torch.Tensor, Any, Any] | None) -> _Call:
         cache = cache_passed(arguments)
-        done = _length(cache)
+        done = self._length(cache)
         before = self._known(ids, cache, done, shown) if done else None
         hidden = 0 if not done else done if before is None else done - len(before[0].tokens)
         text, past = ids, before if before is not None else [_Row([], [], {}, {}) for _ in ids]
@@ -404,6 +404,16 @@ class Runner:
                 self._find(edit, rows[-1])
         pieces = [] if before is None else [_upto_column(p, first, len(rows)) for p in self._pieces(cache) if p.begin < first]
         return _Call(arguments, text, mask, hidden, first, rows, cache, pieces, self._has_more(ids, arguments))
+
+    def _length(self, cache: Any) -> int:
+        """How many tokens a cache holds. One of recurrent states alone doesn't know; then those that are on record count, or
+        one, where it was filled without the edits."""
+        with suppress(AttributeError, ValueError):
+            return int(cache.get_seq_length())
+        if not any(any(getattr(layer, "has_previous_state", {}).values()) for layer in getattr(cache, "layers", ())):
+            return 0
+        hidden, record, _, _ = getattr(cache, _RECORD, {}).get(self._key, (1, [], None, []))
+        return hidden + (len(record[0].tokens) if record else 0)
 
     def _pieces(self, cache: Any) -> list[_Piece]:
         return getattr(cache, _RECORD, {}).get(self._key, (0, [], None, []))[3]
@@ -678,21 +688,20 @@ class Runner:
         if any(p.arguments is None for p in call.pieces if p.begin >= column):
             _warn_once(type(cache).__name__)
             return None
-        if cache is None or _length(cache) == call.hidden + column:
+        held = call.hidden + (call.columns if call.runs else call.first)
+        if cache is None or held == call.hidden + column:
             return 0 if cache is None else column
         if call.runs and _plain(cache):
             call.runs[-1].cached = [(layer.keys, layer.values) for layer in cache.layers]
         with suppress(RuntimeError, ValueError, NotImplementedError):
             if _can_be_cut(cache):
-                cache.crop(call.hidden + column - _length(cache))
+                cache.crop(call.hidden + column - held)
                 return column
-        if not call.hidden:
-            try:
-                cache.reset()
-                if not _length(cache) and all(p.arguments is not None for p in call.pieces):
+        if not call.hidden and all(p.arguments is not None for p in call.pieces):
+            with suppress(AttributeError, NotImplementedError, RuntimeError, TypeError):
+                _empty(cache)
+                if not self._length(cache):
                     return 0
-            except (AttributeError, RuntimeError, NotImplementedError):
-                pass
         _warn_once(type(cache).__name__)
         return None
 
@@ -775,11 +784,6 @@ class _Prepare:
 @functools.lru_cache(maxsize=64)
 def _signature(kind: Any) -> inspect.Signature:
     return inspect.signature(kind.forward)
-
-
-def _length(cache: Any) -> int:
-    """How many tokens a cache holds."""
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
 def _first_keys(cache: Any) -> torch.Tensor | None:
@@ -870,6 +874,17 @@ def _first_difference(one: Writes, other: Writes, end: int) -> int | None:
         if i < end and one.get(key, {}).get(i) != other.get(key, {}).get(i)
     ]
     return min(found, default=None)
+
+
+def _empty(cache: Any) -> None:
+    """Let a cache forget all tokens."""
+    kind = type(cache)
+    if kind.__module__ == DynamicCache.__module__ or "reset" in vars(kind):
+        cache.reset()
+        return
+    new = kind()  # a model's own class may hold more than the method that it inherits knows of
+    cache.__dict__.clear()
+    cache.__dict__.update(new.__dict__)
 
 
 def _can_be_cut(cache: Any) -> bool:
