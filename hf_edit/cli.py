@@ -10,12 +10,16 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 
+if TYPE_CHECKING:
+    from .model import EditableModelForCausalLM
+
 __all__ = ["main"]
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _MISTAKES = (OSError, ValueError, RuntimeError, NotImplementedError, KeyError, ImportError)
 
 
@@ -66,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--on-conflict", default="error", choices=("error", "replace", "keep"))
     edit.add_argument("--seed", type=int, default=0)
     edit.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeatable")
-    _add_source(edit)
+    _add_loading(edit)
 
     ask = _command(commands, "ask", _ask, "answers before and after a pack's edits, side by side")
     ask.add_argument("model", metavar="PACK", help="a pack, or a model")
@@ -75,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument(
         "--max-new-tokens", type=int, help="length of an answer at most (default: 16, and 64 in a chat)", metavar="N"
     )
-    _add_source(ask)
+    _add_loading(ask)
 
     evaluate = _command(commands, "evaluate", _evaluate, "how a pack's edits do: efficacy, paraphrases, locality, portability")
     evaluate.add_argument("model", metavar="PACK", help="a pack, or a model")
@@ -91,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--max-new-tokens", type=int, default=20, help="of an answer, and more where its target needs more (default: 20)"
     )
-    _add_source(evaluate)
+    _add_loading(evaluate)
 
     inspect = _command(commands, "inspect", _inspect, "what a pack holds; reads and downloads no tensor")
     inspect.add_argument("pack", metavar="PACK")
@@ -101,10 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     merge = _command(commands, "merge", _merge, "write weight edits into a plain model that needs no hf_edit")
     merge.add_argument("pack", metavar="PACK")
     _add_output(merge, "folder for the model")
-    merge.add_argument(
-        "--dtype", default="float32", help="of the weights (default: float32; coarser ones would round the edit away)"
-    )
-    _add_source(merge)
+    _add_loading(merge, "float32", "float32; coarser ones would round the edit away")
 
     push = _command(
         commands, "push", _push, "share a pack, an LKS editor, or key statistics on the Hub: one commit, no base weights"
@@ -147,12 +148,41 @@ def _add_source(command: argparse.ArgumentParser) -> None:
     _add_token(command)
 
 
+def _add_loading(command: argparse.ArgumentParser, dtype: str | None = None, default: str = "as the model was saved") -> None:
+    """Options of commands that load a model."""
+    command.add_argument("--dtype", choices=_DTYPES, default=dtype, help=f"of the weights (default: {default})")
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--device", type=_device, help="where the model goes: cuda, cuda:1, mps, cpu")
+    where.add_argument("--device-map", metavar="MAP", help="how several devices share it: auto, balanced, sequential")
+    _add_source(command)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        return str(torch.empty(0, device=name).device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"there is no device {name!r} here, as cuda, cuda:1, mps or cpu ({reason})") from error
+
+
 def _add_token(command: argparse.ArgumentParser) -> None:
     command.add_argument("--token", help="for the Hub; better: log in with 'hf auth login', or set HF_TOKEN")
 
 
 def _source(options: argparse.Namespace) -> dict[str, Any]:
     return {"revision": options.revision, "local_files_only": options.local_files_only, "token": options.token}
+
+
+def _load(name: str, options: argparse.Namespace) -> EditableModelForCausalLM:
+    """The model that a command works on, where and as its options say."""
+    from .model import EditableModelForCausalLM
+
+    where = {"": options.device} if options.device else options.device_map
+    chosen = {"dtype": options.dtype, "device_map": where}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return EditableModelForCausalLM.from_pretrained(name, **given, **_source(options))
 
 
 def _check_output(folder: Path) -> None:
@@ -177,13 +207,12 @@ def _print(options: argparse.Namespace, value: Any, text: Any) -> None:
 
 
 def _edit(options: argparse.Namespace) -> None:
-    from .model import EditableModelForCausalLM
     from .reading import read_facts
 
     facts = read_facts(options.facts)
     _check_output(options.output)
     settings = dict(_setting(text) for text in options.set)
-    model = EditableModelForCausalLM.from_pretrained(options.model, **_source(options))
+    model = _load(options.model, options)
     report = model.edit(
         facts,
         options.method,
@@ -197,9 +226,7 @@ def _edit(options: argparse.Namespace) -> None:
 
 
 def _ask(options: argparse.Namespace) -> None:
-    from .model import EditableModelForCausalLM
-
-    model = EditableModelForCausalLM.from_pretrained(options.model, **_source(options))
+    model = _load(options.model, options)
     how = {"chat": options.chat, "max_new_tokens": options.max_new_tokens}
     with model.disable_edits():
         before = model.ask(options.prompt, **how)
@@ -210,11 +237,10 @@ def _ask(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .model import EditableModelForCausalLM
     from .reading import read_facts
 
     facts = None if options.facts is None else read_facts(options.facts)
-    model = EditableModelForCausalLM.from_pretrained(options.model, **_source(options))
+    model = _load(options.model, options)
     report = model.evaluate(
         facts,
         metrics=options.metrics,
@@ -238,10 +264,8 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from .model import EditableModelForCausalLM
-
     _check_output(options.output)
-    model = EditableModelForCausalLM.from_pretrained(options.pack, dtype=options.dtype, **_source(options))
+    model = _load(options.pack, options)
     if not model.active_packs:
         raise ValueError(f"{options.pack} holds no edit pack, so there is nothing to merge")
     tokenizer = model.tokenizer

@@ -61,6 +61,7 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_TOKENS = 16  # of a text that is continued
 _CHAT_TOKENS = 32  # of a chat's answer that is searched for a fact's target
+_OF_BOTH = ("gguf_file", "subfolder", "trust_remote_code")  # where a model and its tokenizer are
 _CHAT_ANSWER_TOKENS = 64  # of a chat's answer that is read
 
 # whose packs are on a base model; the wrapper may be gone
@@ -1071,7 +1072,10 @@ def _load(base: Snapshot, tokenizer: Any, hub: Mapping[str, Any], base_model_kwa
     source = base.folder if base.repo_id is None else base.repo_id
     pinned = {} if base.revision is None else {"revision": base.revision, **hub}
     model = AutoModelForCausalLM.from_pretrained(source, **pinned, **base_model_kwargs)
-    return model, AutoTokenizer.from_pretrained(source, **pinned) if tokenizer is None else tokenizer
+    if tokenizer is None:
+        shared = {name: base_model_kwargs[name] for name in _OF_BOTH if name in base_model_kwargs}
+        tokenizer = AutoTokenizer.from_pretrained(source, **pinned, **shared)
+    return model, tokenizer
 
 
 def _check_ids(facts: Sequence[Fact], known: Sequence[Fact]) -> None:

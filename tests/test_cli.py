@@ -248,3 +248,44 @@ def test_help_does_not_wait_for_torch():
         "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_model_is_loaded_in_the_dtype_and_on_the_device_that_are_given(base, capsys, monkeypatch):
+    seen = []
+    asked = EditableModelForCausalLM.ask
+
+    def ask(model, *args, **kwargs):
+        seen.append((model.dtype, model.device.type))
+        return asked(model, *args, **kwargs)
+
+    monkeypatch.setattr(EditableModelForCausalLM, "ask", ask)
+    assert _run("ask", base, "The capital", "--dtype", "bfloat16", "--device", "cpu") == 0
+    assert _run("ask", base, "The capital", "--device-map", "auto") == 0
+    assert set(seen) == {(torch.bfloat16, "cpu"), (torch.float32, "cpu")}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--dtype", "__class__"], "invalid choice: '__class__'"),
+        (["--device", "gpu"], "there is no device 'gpu' here, as cuda, cuda:1"),
+        (["--device", "cpu", "--device-map", "auto"], "not allowed with argument"),
+    ],
+)
+def test_what_is_no_dtype_or_device_is_a_mistake_of_the_command_line(base, capsys, given, says):
+    with pytest.raises(SystemExit) as ended:
+        _run("ask", base, "The capital", *given)
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_said(base, capsys):
+    with pytest.raises(SystemExit):
+        _run("ask", base, "The capital", "--device", "cuda")
+    assert "there is no device 'cuda' here" in capsys.readouterr().err
+
+
+def test_a_model_in_a_subfolder_is_loaded_with_its_tokenizer(base):
+    model = EditableModelForCausalLM.from_pretrained(base.parent, subfolder="base")
+    assert model.tokenizer("France")["input_ids"]

@@ -33,8 +33,7 @@ def check_language_model(model: Any) -> None:
         raise UnsupportedArchitectureError(f"{kind} is no model of transformers: it has no config")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedArchitectureError(f"{kind} is a sequence-to-sequence model; only causal language models can be edited")
-    generates: Any = getattr(model, "can_generate", None)
-    if generates is None or not generates() or model.get_output_embeddings() is None:
+    if not _predicts_tokens(model):
         raise UnsupportedArchitectureError(
             f"{kind} has no language-model head that predicts the next token; load the checkpoint with AutoModelForCausalLM"
         )
@@ -42,6 +41,10 @@ def check_language_model(model: Any) -> None:
         raise ValueError("models can't generate with config.return_dict=False: set model.config.return_dict = True")
     if any(torch.is_inference(parameter) for parameter in model.parameters()):
         raise ValueError("the model was made in torch.inference_mode(), so it can't be trained: load it outside")
+
+
+def _predicts_tokens(model: Any) -> bool:
+    return hasattr(model, "can_generate") and model.can_generate() and model.get_output_embeddings() is not None
 
 
 def check_tokenizer(tokenizer: Any) -> None:
