@@ -76,7 +76,7 @@ class Span:
     @classmethod
     def of(cls, ids: tuple[int, ...], cut: int, pieces: Sequence[torch.Tensor], keep: Keep) -> Span:
         """A text's share from its pieces."""
-        flat = torch.cat([piece.reshape(-1) for piece in pieces]) if pieces else torch.empty(0)
+        flat = torch.cat([piece.reshape(-1).to(pieces[0].device) for piece in pieces]) if pieces else torch.empty(0)
         return cls(ids, cut, keep(flat), tuple(tuple(piece.shape) for piece in pieces))
 
     def pieces(self) -> list[torch.Tensor]:
@@ -212,14 +212,18 @@ class SuffixBatch:
         before = torch.tensor([[int(j < s.cut) for j in range(prefix)] for s in spans], device=device, dtype=mask.dtype)
         self._mask = torch.cat([before.reshape(len(spans), prefix), mask], dim=1)
         self._positions = _positions(self._mask)[:, prefix:]
-        pieces = [[piece.to(device) for piece in s.pieces()] for s in spans]
+        pieces = [s.pieces() for s in spans]
         self.inputs = None
         if cache.start:
-            states = nn.utils.rnn.pad_sequence([own.pop(0) for own in pieces], batch_first=True)
+            states = nn.utils.rnn.pad_sequence([own.pop(0).to(device) for own in pieces], batch_first=True)
             self.inputs = states.to(cache.model.get_input_embeddings().weight.dtype)
         # a text that is cut at its first token has none, and others in the batch may have some
         shapes = next((own for own in pieces if own), [])
-        padded = [_pad_heads([own[n] if own else like[:, :0] for own in pieces], prefix) for n, like in enumerate(shapes)]
+        placed = [device_of(cache.layout.blocks[cache.start + n // 2]) for n in range(len(shapes))]
+        padded = [
+            _pad_heads([(own[n] if own else like[:, :0]).to(where) for own in pieces], prefix)
+            for n, (like, where) in enumerate(zip(shapes, placed, strict=True))
+        ]
         self._keys, self._values = (padded[0::2], padded[1::2]) if prefix else ([], [])
 
     def column(self, row: int, position: int) -> int:
@@ -404,7 +408,7 @@ def caches_exactly(model: Any, layout: Layout) -> bool:
         with frozen(model):
             clean = cache.add(texts, [5, 1], reads).logits
             again = cache.batch([0, 1]).run(reads).logits
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
         return False  # a cache of another kind
     assert clean is not None
     assert again is not None
@@ -428,6 +432,12 @@ def length_groups(lengths: Sequence[int], device: torch.device) -> list[list[int
         groups.append(order[best[end][1] : end])
         end = best[end][1]
     return groups[::-1]
+
+
+def device_of(block: nn.Module) -> torch.device:
+    """Where a block runs; accelerate may keep its weights elsewhere."""
+    place = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
+    return next(block.parameters()).device if place is None else torch.empty(0, device=place).device
 
 
 def hidden_of(output: Any) -> torch.Tensor:

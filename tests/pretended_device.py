@@ -183,13 +183,22 @@ class _Operations(TorchDispatchMode):
         with torch._C.DisableTorchFunction():
             if function.overloadpacket in _COPIES:
                 return function(*args, **kwargs)
-            given = _tensors((*args, *kwargs.values()))
+            given = [tensor for tensor in _tensors((*args, *kwargs.values())) if not _is_anywhere(tensor)]
             device = _shared_place(function, args, given) if given else self.creating_on
             made = function(*args, **kwargs)
+            if not given and torch._C._current_graph_task_id() != -1:
+                # made by a gradient's formula, which knows the real device of what it is for
+                for tensor in _tensors((made,)):
+                    tensor.untyped_storage().anywhere = True
+                return made
             for tensor in _tensors((made,)):
                 if _place(tensor) == _CPU != device:
                     _put(tensor, device)
         return made
+
+
+def _is_anywhere(tensor: Tensor) -> bool:
+    return not tensor.is_meta and hasattr(_parts(tensor)[-1].untyped_storage(), "anywhere")
 
 
 def _shared_place(function: Any, args: Sequence[Any], given: Sequence[Tensor]) -> torch.device:
@@ -202,7 +211,7 @@ def _shared_place(function: Any, args: Sequence[Any], given: Sequence[Tensor]) -
     if len(places) > 1:
         counted = [tensor for tensor in given if _place(tensor) != _CPU]
         if function.overloadpacket in _INDEXING:
-            counted += [args[0], *(value for value in _tensors(args[2:]) if value.dim())]
+            counted += [args[0], *(value for value in _tensors(args[2:]) if value.dim() and not _is_anywhere(value))]
         elif function.overloadpacket in _FILLING or torch.Tag.pointwise in function.tags:
             counted += [tensor for tensor in given if tensor.dim() or (tensor is args[0] and function._schema.is_mutable)]
         else:

@@ -167,8 +167,9 @@ class _Cached:
         rows, columns = torch.tensor([(r, batch.column(r, p)) for r, p in points], device=device).unbind(1)
 
         def rewritten(states: torch.Tensor, write: int) -> torch.Tensor:
-            new = generator(known, states[rows, columns].float(), write)
-            return states.index_put((rows, columns), new.to(states.dtype))
+            places = rows.to(states.device), columns.to(states.device)
+            new = generator(known, states[places].float().to(known.device), write)  # blocks may be on several devices
+            return states.index_put(places, new.to(states))
 
         hooks = {module: functools.partial(rewritten, write=n) for n, module in enumerate(self._above, 1)}
 
