@@ -139,9 +139,8 @@ def test_every_form_of_the_generator_learns_facts_and_is_read_back(llama, tmp_pa
     report = _edit(llama, generator=form, verify=True)
     assert _gain(report) > 0.5, str(report)
     llama.save_pretrained(tmp_path)
-    again = EditableModelForCausalLM(llama.get_base_model(), llama.tokenizer)
     answer = _logits(llama, FACTS[0].question)
-    llama.rollback()
+    again = EditableModelForCausalLM(llama.unload(), llama.tokenizer)
     again.load_pack(tmp_path)
     assert torch.equal(answer, _logits(again, FACTS[0].question))
 
