@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     merge = _command(commands, "merge", _merge, "write weight edits into a plain model that needs no hf_edit")
     merge.add_argument("pack", metavar="PACK")
     _add_output(merge, "folder for the model")
-    _add_loading(merge, "float32", "float32; coarser ones would round the edit away")
+    _add_loading(merge, "float32", "float32; into coarser ones the edit is rounded")
 
     push = _command(
         commands, "push", _push, "share a pack, an LKS editor, or key statistics on the Hub: one commit, no base weights"

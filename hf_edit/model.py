@@ -36,6 +36,7 @@ from .errors import (
 from .facts import Fact, resolve_conflicts, superseded
 from .health import COLLAPSE, Health
 from .hub import PushToHub, Snapshot, check_base_of, fetch
+from .layout import is_transposed
 from .lm.chat import Messages, chat_frame, chat_text, is_messages
 from .lm.chat_forms import asked_plainly
 from .lm.supported import check_language_model, check_tokenizer
@@ -50,7 +51,8 @@ from .reading import read_facts
 from .report import Answer, EditReport, EvalReport, FactResult
 from .restore import EditsOff, Turns, Untouched, uninterrupted
 from .storage import located
-from .weights.attach import WeightAttachment
+from .weights.attach import Factors, WeightAttachment
+from .weights.merge import can_be_merged, merged
 
 if TYPE_CHECKING:
     from .evaluation import CleanAnswers
@@ -905,8 +907,12 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
     def merge_and_unload(self) -> Any:
         """The base model with the edits written into its weights for good.
 
+        Weights in half precision are changed in float32 and rounded once, stochastically. How much of the change arrived is
+        logged. The facts are asked for before and after that.
+
         Raises:
-            MergeError: edits in force that are no change of weights, or weights that can't take one.
+            MergeError: active edits that are no change of weights, weights that can't take one, or facts that would be lost
+                in rounding; nothing has changed then.
         """
         if self._turns.clean:
             raise MergeError("the edits are disabled (disable_edits), so there is nothing to merge: leave that context first")
@@ -916,17 +922,58 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
                     f"pack {name!r} ({self._packs[name].method}) acts beside the weights and can't become part of them; share "
                     "the pack itself (model.save_pretrained), or make the edit with method='steam' and without a gate"
                 )
-        if not all(isinstance(attachment, WeightAttachment) and attachment.in_place for attachment in self._attached):
+        attached = [attachment for attachment in self._attached if isinstance(attachment, WeightAttachment)]
+        beside: dict[str, list[Factors]] = {}
+        for attachment in attached:
+            for name, change in attachment.beside.items():
+                beside.setdefault(name, []).append(change)
+        if not all(can_be_merged(self.base_model.get_submodule(name).weight) for name in beside):
             raise MergeError(
-                "the base's weights are in half precision, quantised or offloaded, where a merged edit would be rounded away; "
-                "load the base with dtype=torch.float32, or share the pack itself (model.save_pretrained)"
+                "the base's weights are quantised or offloaded, where an edit can't be merged; load the base with "
+                "dtype=torch.float32, or share the pack itself (model.save_pretrained)"
             )
-        for attachment in self._attached:
-            if isinstance(attachment, WeightAttachment):
-                attachment.settle()
+        if beside:
+            self._round(attached, beside)
+        for attachment in attached:
+            attachment.settle()
         self._attached, self._packs, self._active = [], {}, ()
         _WRAPPERS.pop(_plain(self.base_model), None)
         return self.base_model
+
+    def _round(self, attached: Sequence[WeightAttachment], beside: Mapping[str, Sequence[Factors]]) -> None:
+        """Write changes into weights in half precision, if no fact is lost."""
+        facts, packs, active = self.list_edits(), self._packs, self._active
+        said = [answer.said for answer in self._ask(facts, progress=False)]
+        weights = {name: self.base_model.get_submodule(name).weight for name in beside}
+        before = {name: weight.data for name, weight in weights.items()}
+        lost: list[Fact] = facts
+        try:
+            for attachment in attached:
+                attachment.lift_beside()
+            generator, arrived = torch.Generator().manual_seed(0), []
+            for name, changes in beside.items():
+                transposed = is_transposed(self.base_model.get_submodule(name))
+                weights[name].data, share = merged(before[name], changes, transposed, generator)
+                arrived.append(share)
+            now = self._ask(facts, progress=False)
+            lost = [fact for fact, was, is_ in zip(facts, said, now, strict=True) if was and not is_.said]
+        finally:
+            if lost:
+                for name, weight in weights.items():
+                    weight.data = before[name]
+                self._put(packs, active)
+        if lost:
+            raise MergeError(
+                f"rounded to {self.base_model.dtype}, {len(lost)} of {sum(said)} facts would no longer be said, the first "
+                f"of them {lost[0].question!r:.80}; load the base with dtype=torch.float32, or share the pack itself "
+                "(model.save_pretrained)"
+            )
+        logger.info(
+            "merged into %s: %.1f %% of the change arrived, all of %d facts that were said still are",
+            self.base_model.dtype,
+            100 * sum(arrived) / len(arrived),
+            sum(said),
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, with the edits in force."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import logging
 import math
 import pickle
 import signal
@@ -26,6 +27,7 @@ from hf_edit import (
     UnsupportedArchitectureError,
     answers,
     available_methods,
+    report,
     restore,
 )
 from hf_edit.base import Base
@@ -252,10 +254,52 @@ def test_what_cannot_be_merged_says_why_and_what_to_do(llama, tokenizer):
     _edit(llama, method="lks")
     with pytest.raises(MergeError, match="method='steam'"):
         llama.merge_and_unload()
-    half = EditableModelForCausalLM(tiny_model("llama").to(torch.bfloat16), tokenizer)
-    _edit(half)
-    with pytest.raises(MergeError, match=r"torch\.float32"):
-        half.merge_and_unload()
+    offloaded = EditableModelForCausalLM(tiny_model("llama").to(torch.bfloat16), tokenizer)
+    _edit(offloaded)
+    with torch.device("meta"):
+        projection = offloaded.base_model.get_submodule(offloaded.packs["default"].fit.modules[0])
+        projection.weight = torch.nn.Parameter(torch.empty(48, 96))
+    with pytest.raises(MergeError, match="quantised or offloaded"):
+        offloaded.merge_and_unload()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_edit_is_merged_into_half_precision_where_no_fact_is_lost(tokenizer, dtype, caplog):
+    caplog.set_level(logging.INFO, "hf_edit")
+    model = EditableModelForCausalLM(tiny_model("llama").to(dtype), tokenizer)
+    clean = snapshot(model.base_model)
+    _edit(model, FACTS[:1], pack_name="one")
+    _edit(model, FACTS[1:2], pack_name="two")
+    ids = torch.tensor([tokenizer(FACTS[0].question)["input_ids"]])
+    with torch.no_grad():
+        edited = model(input_ids=ids).logits[0, -1].float()
+        plain = model.merge_and_unload()
+        now = plain(input_ids=ids).logits[0, -1].float()
+        assert all(tensor.dtype == dtype for tensor in snapshot(plain).values())
+        plain.load_state_dict(clean)
+        before = plain(input_ids=ids).logits[0, -1].float()
+    assert model.packs == {}
+    assert (now - edited).norm() < 0.2 * (before - edited).norm()
+    assert "of the change arrived" in caplog.text
+
+
+def test_a_merge_that_would_lose_a_fact_is_refused_and_changes_nothing(tokenizer, monkeypatch):
+    model = EditableModelForCausalLM(tiny_model("llama").bfloat16(), tokenizer)
+    clean = snapshot(model.base_model)
+    _edit(model, FACTS[:2])
+    ids = torch.tensor([tokenizer(FACTS[0].question)["input_ids"]])
+    edited, answered = model(input_ids=ids).logits, iter([True, False])
+
+    def ask(facts, progress):
+        said = next(answered)
+        return [report.Answer("", said, 1.0) for _ in facts]
+
+    monkeypatch.setattr(model, "_ask", ask)
+    with pytest.raises(MergeError, match=r"(?s)2 of 2 facts .* dtype=torch\.float32"):
+        model.merge_and_unload()
+    assert torch.equal(model(input_ids=ids).logits, edited)
+    model.rollback()
+    assert same(clean, model.base_model)
 
 
 @pytest.mark.parametrize("method", ["steam", "lks"])

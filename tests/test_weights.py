@@ -148,7 +148,7 @@ def test_attached_factors_change_the_output_by_their_product_and_leave_no_trace(
     expected = clean.float() + keys.float() @ change.dense().T
     tolerance = 1e-4 if dtype == torch.float32 else 0.2
     torch.testing.assert_close(module(keys).float(), expected, atol=tolerance, rtol=tolerance)
-    assert attachment.in_place == (dtype == torch.float32)
+    assert bool(attachment.beside) == (dtype != torch.float32)
     attachment.detach()
     attachment.detach()
     assert same(before, model)

@@ -57,15 +57,19 @@ class WeightAttachment:
         model: the base model.
         factors: by module name.
 
+    Attributes:
+        beside: the changes that run beside their weights, by module name.
+
     Raises:
         BaseMismatchError: a module is missing or of another shape; nothing has been changed then.
     """
 
     def __init__(self, model: Any, factors: Mapping[str, Factors]) -> None:
         modules = {name: _checked(model, name, change) for name, change in factors.items()}
-        self.in_place = True  # whether all of it stands in the weights themselves
+        self.beside: dict[str, Factors] = {}
         self._originals: list[_Original] = []
         self._handles: list[Any] = []
+        self._branches: list[Any] = []
         try:
             swapped = []
             for name, module in modules.items():
@@ -75,7 +79,7 @@ class WeightAttachment:
                     swapped.append(f"{name}.weight")
                 else:
                     self._branch(module, factors[name])
-                    self.in_place = False
+                    self.beside[name] = factors[name]
             if swapped:  # refused before any other module has loaded its part
                 self._handles.append(model.register_load_state_dict_pre_hook(_NoLoading(swapped)))
         except BaseException:
@@ -89,10 +93,17 @@ class WeightAttachment:
         self.settle()
 
     def settle(self) -> None:
-        """Let the changes that are swapped in stay for good."""
+        """Let the changes that are swapped in stay for good; those beside their weights are taken off."""
+        self.lift_beside()
         for handle in self._handles:
             handle.remove()
         self._handles, self._originals = [], []
+
+    def lift_beside(self) -> None:
+        """Take off the changes that run beside their weights."""
+        for handle in self._branches:
+            handle.remove()
+        self._branches = []
 
     def _swap(self, module: nn.Module, weight: nn.Parameter, change: Factors) -> None:
         original = _Original(weight, weight.data, change, is_transposed(module))
@@ -111,7 +122,7 @@ class WeightAttachment:
             left, right = placed[keys.device]
             return output + (keys.float() @ right.T @ left.T).to(output.dtype)
 
-        self._handles.append(module.register_forward_hook(hook))
+        self._branches.append(module.register_forward_hook(hook))
 
 
 @dataclass(frozen=True)
