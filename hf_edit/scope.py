@@ -14,7 +14,22 @@ import ahocorasick
 from .facts import Fact
 from .positions import joined_without_space
 
-__all__ = ["Entities", "Mention", "Phrase", "Scope", "alike", "begins_word", "mentions_in_tokens", "text_of", "token_spans"]
+__all__ = [
+    "Entities",
+    "Mention",
+    "Phrase",
+    "Scope",
+    "alike",
+    "beginning",
+    "begins_word",
+    "mentions_in_tokens",
+    "readable_from",
+    "text_of",
+    "token_spans",
+]
+
+_REPLACEMENT = "\ufffd"  # what an incomplete character is decoded to
+_BYTES = 4  # of a character at most
 
 _EXACT_CASE = 3  # names up to this length match in their own case only: "US" is not "us"
 _FUZZY_LENGTH = 8  # names from this length on are also found with one typing mistake, where that is asked for
@@ -224,7 +239,15 @@ def _longest(found: list[Mention]) -> list[Mention]:
 
 def mentions_in_tokens(tokenizer: Any, scope: Scope, ids: Sequence[int]) -> list[tuple[int, int]]:
     """(index of the mention's last token, entity) for all mentions in a row of token ids."""
+    begin = readable_from(tokenizer, ids)
+    ids = ids[begin:]
     text = text_of(tokenizer, ids)
+    for missing in range(1, min(_BYTES, len(ids))):  # tokens of a character that is not complete yet
+        if not text.endswith(_REPLACEMENT):
+            break
+        whole = text_of(tokenizer, ids[:-missing])
+        if not whole.endswith(_REPLACEMENT):
+            text, ids = whole, ids[:-missing]
     mentions = scope.find(text)
     if not mentions:
         return []
@@ -233,7 +256,7 @@ def mentions_in_tokens(tokenizer: Any, scope: Scope, ids: Sequence[int]) -> list
     for mention in mentions:
         last = max((i for i, (a, b) in enumerate(spans) if a < mention.end and b > a and b > mention.start), default=None)
         if last is not None:
-            found.append((last, mention.entity))
+            found.append((begin + last, mention.entity))
     return found
 
 
@@ -247,9 +270,34 @@ def token_spans(tokenizer: Any, text: str, ids: Sequence[int]) -> list[tuple[int
     again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if list(again["input_ids"]) == list(ids):
         return again["offset_mapping"]
-    # Sampled tokens need not be those that the tokenizer would choose: decode ever longer pieces instead.
-    ends = [len(text_of(tokenizer, ids[: i + 1])) for i in range(len(ids))]
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+    # Sampled tokens need not be those that the tokenizer would choose: decode ever longer pieces instead. One that ends inside
+    # a character shows replacements in its place; all tokens of a character have the span of what they complete.
+    spans: list[tuple[int, int]] = []
+    begin = 0
+    for i in range(len(ids)):
+        piece = text_of(tokenizer, ids[: i + 1])
+        if not piece.endswith(_REPLACEMENT) or i == len(ids) - 1:
+            spans += [(begin, len(piece))] * (i + 1 - len(spans))
+            begin = len(piece)
+    return spans
+
+
+def readable_from(tokenizer: Any, ids: Sequence[int]) -> int:
+    """How many tokens end a character whose beginning is missing: some tokenizers decode none of those that follow them."""
+    if not text_of(tokenizer, ids[:_BYTES]).startswith(_REPLACEMENT):
+        return 0
+    return next((at for at in range(min(_BYTES, len(ids))) if _begins_character(tokenizer, ids, at)), 0)
+
+
+def beginning(tokenizer: Any, ids: Sequence[int], index: int) -> int:
+    """The token at an index, or the last one before it that begins a character: a part of the text is read from there."""
+    before = (at for at in range(index, max(-1, index - _BYTES), -1) if _begins_character(tokenizer, ids, at))
+    return next(before, index)
+
+
+def _begins_character(tokenizer: Any, ids: Sequence[int], index: int) -> bool:
+    pieces = (text_of(tokenizer, ids[index : index + count]) for count in range(1, _BYTES + 1))
+    return any(not piece.startswith(_REPLACEMENT) for piece in pieces)
 
 
 def alike(text: str) -> str:

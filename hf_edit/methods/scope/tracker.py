@@ -26,7 +26,7 @@ from typing import Any
 from ...facts import Fact
 from ...gate import PromptEnd
 from ...positions import Text, encode, fact_text
-from ...scope import Entities, Scope, mentions_in_tokens, text_of, token_spans
+from ...scope import Entities, Scope, beginning, mentions_in_tokens, readable_from, text_of, token_spans
 from .points import Write
 
 __all__ = ["EMPTY", "Active", "Spellings", "State", "Tracker", "begun"]
@@ -142,7 +142,8 @@ class Tracker:
 
     def touched(self, ids: Sequence[int], begin: int) -> set[int]:
         """Indices, from `begin` on, of tokens after which the mentions may be others than before them."""
-        start = max(0, begin - self.window - _SETTLES)
+        start = beginning(self._tokenizer, ids, max(0, begin - self.window - _SETTLES))
+        start += readable_from(self._tokenizer, ids[start:])
         part = ids[start:]
         text = text_of(self._tokenizer, part)
         if self.scope.fuzzy or not text.isascii():
@@ -168,7 +169,7 @@ class Tracker:
             before: the mentions of the text without its last token.
         """
         settled = max(0, index + 1 - self.window)
-        begin = max(0, settled - self.window)
+        begin = beginning(self._tokenizer, ids, max(0, settled - self.window))
         found = mentions_in_tokens(self._tokenizer, self.scope, ids[begin : index + 1])
         kept = tuple(m for m in before if m[0] < settled)
         now = kept + tuple((begin + i, e) for i, e in found if begin + i >= settled)
