@@ -153,7 +153,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class ResidualFlow:
-    """Facts' residual streams with the edits and without; `print(flow)` shows a block a line.
+    """Facts' residual streams with the edits and without; `print(flow)` shows one line for each block.
 
     Attributes:
         blocks: the blocks whose outputs were read, ascending.

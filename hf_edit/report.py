@@ -102,7 +102,7 @@ class FactResult:
 
 @dataclass(frozen=True)
 class EditReport:
-    """What an edit did; `print(report)` shows a fact a line.
+    """What an edit did; `print(report)` shows one line for each fact.
 
     Attributes:
         method: the method's name.

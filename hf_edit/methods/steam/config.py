@@ -61,7 +61,7 @@ class SteamConfig(EditConfig):
     kept_prompts: int = setting(1, "how many such prompts, of a pool of 24; with 1 it is '{subject} is a'")
     enough: float | None = setting(0.9, "stop pushing a token of the target whose probability is above this; None never stops")
     balance: bool = setting(False, "let facts that are short of `enough` weigh fit over KL, and the others KL over fit")
-    rotation: int = setting(3, "take turns: each step runs one part in so many of the contexts, kept prompts and tails")
+    rotation: int = setting(3, "each step uses one `rotation`-th of the contexts, kept prompts and tails (mini-batching)")
     tail_factor: float = setting(0.25, "weight of KL(edited || clean) behind the target, which keeps it from being said again")
     tail_tokens: int = setting(6, "tokens behind the target that this term reads")
     clamp: float | None = setting(
@@ -219,7 +219,7 @@ class BaselineConfig(SteamConfig):
     keys, with all texts at each step, no chats, no term for what follows the target and no second try; steps and clamp go by
     the model's own scale."""
 
-    rotation: int = setting(1, "take turns: each step runs one part in so many of the contexts, kept prompts and tails")
+    rotation: int = setting(1, "each step uses one `rotation`-th of the contexts, kept prompts and tails (mini-batching)")
     tail_factor: float = setting(0.0, "weight of KL(edited || clean) behind the target, which keeps it from being said again")
     anchor_weight: float = setting(0.0, "unused: a base editor has no anchors")
     bare_share: float | None = setting(None, "the bare prompt's share in a fact's key; None counts it as one context")
