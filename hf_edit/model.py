@@ -32,7 +32,7 @@ from .errors import (
     PackFormatError,
     PackSecurityError,
     UnsupportedArchitectureError,
-)  # fmt: skip
+)
 from .facts import Fact, resolve_conflicts, superseded
 from .health import COLLAPSE, Health
 from .hub import PushToHub, Snapshot, check_base_of, fetch
@@ -51,6 +51,7 @@ from .reading import read_facts
 from .report import Answer, EditReport, EvalReport, FactResult
 from .restore import EditsOff, Turns, Untouched, uninterrupted
 from .storage import located
+from .suffix import frozen
 from .weights.attach import Factors, WeightAttachment
 from .weights.merge import can_be_merged, merged
 
@@ -382,9 +383,9 @@ class EditableModelForCausalLM(PushToHub, nn.Module):
     def _next_token_logits(self, facts: Sequence[Fact]) -> list[torch.Tensor]:
         """What is likely to follow the prompts of the first and the last fact, each [vocabulary]."""
         found = []
-        for fact in as_text(self.tokenizer, list({id(fact): fact for fact in (facts[0], facts[-1])}.values())):
-            (text,) = encode(self.tokenizer, [fact_text(fact)])
-            with torch.inference_mode():
+        asked = [fact_text(fact) for fact in as_text(self.tokenizer, [facts[0], *facts[1:][-1:]])]
+        with frozen(self.base_model), torch.no_grad():  # dropout would look like an effect
+            for text in encode(self.tokenizer, asked):
                 ids = torch.tensor([text.ids], device=self._base.device)
                 found.append(self.base_model(input_ids=ids, use_cache=False, return_dict=True).logits[0, -1].float().cpu())
         return found

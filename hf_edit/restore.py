@@ -65,7 +65,7 @@ class EditsOff:
     @classmethod
     def of(cls, model: nn.Module | None) -> bool:
         """Whether the edits at mentions of a model are off here."""
-        return any(one._model is model for one in cls._all.get())
+        return model is not None and any(one._model is model for one in cls._all.get())
 
     @property
     def here(self) -> bool:
